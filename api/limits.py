@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from domain.errors import ServerOverloaded, TooManyStreams
+from domain.errors import InvalidRequest, ServerOverloaded, TooManyStreams
 from domain.limits import stream_limits_context
 from domain.requests import EmbeddingResult, JobOutput
 from domain.shares import SharedPlaces, current_tenant
@@ -117,6 +117,16 @@ class StreamPlaces(RequestPlaces):
         if (refusal := self._limit_reached()) is not None:
             raise refusal
         super().refuse_if_full()
+
+    def refuse_if_below(self, num_streams: int, *, what: str, remedy: str) -> None:
+        """Raises InvalidRequest if the request's key or tenant can never have that many streams at once."""
+        _, limits = stream_limits_context.get()
+        for whose, limit in (("key", limits.key_streams), ("tenant", limits.tenant_streams)):
+            if limit is not None and limit < num_streams:
+                raise InvalidRequest(
+                    f"{what} takes {num_streams} streams, and streams of your {whose} is {limit}; {remedy}, or have an "
+                    "administrator raise streams"
+                )
 
     def _limit_reached(self) -> TooManyStreams | None:
         """Of the request's key or tenant."""

@@ -20,7 +20,7 @@ from api.openai.running import Asked, answer_headers, start, start_all
 from api.openapi import EVENTS, request_body
 from api.services import Services, caller_of, private_router
 from dialects.aliases import MAX_TOKENS, SAMPLING
-from dialects.openai import SamplingBody, Strings, build, strings
+from dialects.openai import SamplingBody, Strings, build, spelling_of_params, strings
 from dialects.openai_views import View
 from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
 from domain.jobs import Endpoint, external_id
@@ -128,7 +128,9 @@ async def generate(request: Request) -> Response:
     """Continue one prompt, or up to 64 of them: each is a job, and they run at the same time."""
     body = await read_for_model(request, GenerateBody)
     generations = await off_loop(request, body.to_requests)
-    runs = await start_all(request, generations, Asked(Endpoint.SIMPLE, has_stream=False, use_cache=body.use_cache))
+    spelling = spelling_of_params() if body.prompts is None else spelling_of_params(prompt="prompts")
+    asked = Asked(Endpoint.SIMPLE, has_stream=False, use_cache=body.use_cache, spelling=spelling)
+    runs = await start_all(request, generations, asked)
     if body.prompts is None:
         return WholeAnswer(runs, lambda records: generated(records[0]))
     return WholeAnswer(runs, lambda records: {"results": [generated(record) for record in records]})

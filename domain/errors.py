@@ -29,8 +29,8 @@ CeleriacError
 ├── NotOffered                     not_implemented: an OpenAI route without a counterpart here
 ├── CursorExpired                  cursor_expired: the log before this position was pruned
 ├── Overloaded                     retry later; carries retry_after_seconds
-│   ├── TooManyQueuedJobs          too_many_queued_jobs: the limit of the tenant
 │   ├── LimitReached               a limit of the key or tenant (docs/limits.md); the code says which one
+│   │   ├── TooManyQueuedJobs          too_many_queued_jobs
 │   │   ├── RequestsPerMinuteExceeded  requests_per_minute_exceeded
 │   │   ├── TokensPerMinuteExceeded    tokens_per_minute_exceeded
 │   │   ├── TooManyUnfinishedJobs      too_many_unfinished_jobs
@@ -192,12 +192,12 @@ class Overloaded(CeleriacError):
         self.retry_after_seconds = retry_after_seconds
 
 
-class TooManyQueuedJobs(Overloaded):
-    code = "too_many_queued_jobs"
-
-
 class LimitReached(Overloaded):
     code = "limit_reached"
+
+
+class TooManyQueuedJobs(LimitReached):
+    code = "too_many_queued_jobs"
 
 
 class RequestsPerMinuteExceeded(LimitReached):

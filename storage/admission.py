@@ -28,12 +28,11 @@ from domain.errors import (
     TooManyUnfinishedJobs,
 )
 from domain.limits import Bucket, BucketStanding, ClientCall, LimitStanding
+from storage.full_queues import WAITED_SECONDS, drain_seconds, never_fits
 from storage.job_statements import CLOCK
 from storage.limits import OF_TENANT
 
 Subject = tuple[UUID, str]  # a tenant and the id of its key, or OF_TENANT
-
-DRAIN_SECONDS = 5.0  # until a queue is assumed to have room, if nothing tells how fast it gets shorter
 
 LOCK = text(f"""
 SELECT l.*, u.day, u.tokens_on_day, u.tokens_in_month, u.num_unused_tokens, {CLOCK} AS read_at
@@ -45,7 +44,7 @@ ORDER BY l.tenant_id, l.key_id FOR NO KEY UPDATE OF l
 # A second statement, whose snapshot has what others committed while the first one waited for the lock. The jobs of a
 # whole tenant are counted in tenant_load; only for those of a key, and for their tokens, each is read: queued ones from
 # jobs_ready_idx, whose first column is the model, and running ones, of which there are few, by their index.
-COUNT = text("""
+COUNT = text(f"""
 WITH RECURSIVE models AS (
     (SELECT model FROM jobs WHERE status = 'queued' ORDER BY model LIMIT 1)
     UNION ALL
@@ -67,9 +66,7 @@ SELECT a.tenant_id, a.key_id, count(*) FILTER (WHERE u.status = 'queued') AS num
 FROM asked a JOIN unfinished u ON u.tenant_id = a.tenant_id AND (a.key_id = '' OR u.key_id = a.key_id)
 GROUP BY a.tenant_id, a.key_id
 UNION ALL
-SELECT l.tenant_id, '', l.num_queued, l.num_queued + l.num_running, 0, (
-    SELECT avg(extract(epoch FROM j.started_at - j.created_at))::float8 FROM jobs j
-    WHERE j.status = 'in_progress' AND j.tenant_id = l.tenant_id)
+SELECT l.tenant_id, '', l.num_queued, l.num_queued + l.num_running, 0, {WAITED_SECONDS}
 FROM tenant_load l WHERE l.tenant_id = ANY(CAST(:whole_tenant_ids AS uuid[]))
 """)
 
@@ -152,10 +149,7 @@ class Meter:
             ("unfinished_jobs", call.num_jobs, row.unfinished_jobs, "jobs"),
         ):
             if limit is not None and needed > limit:
-                return InvalidRequest(
-                    f"the {call.num_jobs} prompts of this request may take {needed} {of_what}, and {name} of "
-                    f"{self.whose} is {limit}; send fewer prompts at once, or have an administrator raise {name}"
-                )
+                return never_fits(call, name, needed, limit, what=of_what, whose=f" of {self.whose}")
         return None
 
     def _refusal_by_budget(self) -> CeleriacError | None:
@@ -197,7 +191,7 @@ class Meter:
         return None
 
     def _refusal_by_queue(self, asking: Asking) -> CeleriacError | None:
-        row, seconds = self.row, self.drain_seconds
+        row, seconds = self.row, drain_seconds(self.waited_seconds, self.num_queued)
         if row.queued_jobs is not None and self.num_queued >= row.queued_jobs:
             return TooManyQueuedJobs(
                 f"{self.num_queued} jobs of {self.whose} are waiting, and queued_jobs is {row.queued_jobs}; retry when "
@@ -220,14 +214,6 @@ class Meter:
                 retry_after_seconds=seconds,
             )
         return None
-
-    @property
-    def drain_seconds(self) -> float:
-        """Until the queue is one job shorter, by Little's law: those that run now waited for as long as it takes for
-        the whole queue to pass."""
-        if self.waited_seconds is None or not self.num_queued:
-            return DRAIN_SECONDS
-        return max(1.0, self.waited_seconds / self.num_queued)
 
     def take(self, asking: Asking, *, times: int = 1) -> None:
         """`times` is -1 to give it back."""

@@ -21,6 +21,7 @@ from domain.eta import Estimate
 from domain.jobs import Endpoint, JobStatus, Lane
 from domain.limits import ClientCall, LimitStanding
 from domain.requests import GenerationRequest, JobRequest
+from storage import full_queues
 from storage import job_statements as sql
 from storage.admission import Admission, Asking
 from storage.job_queries import JobRecord
@@ -102,7 +103,7 @@ class Accepted:
     outcome: AcceptOutcome
     created_at: datetime | None = None  # set if ACCEPTED; by the database's clock
     record: JobRecord | None = None  # if it was completed at once, with a known answer: what it is now
-    refusal: CeleriacError | None = None  # set if LIMIT_REACHED
+    refusal: CeleriacError | None = None  # set if LIMIT_REACHED or TOO_MANY_QUEUED
     standing: LimitStanding | None = None  # of the limits with a rate, if there are any
 
 
@@ -120,6 +121,19 @@ def accept(
     `max_poison_jobs_per_hour`, all its new jobs run isolated. If any of the jobs is limited, the session must have a
     transaction, so that the limits stay locked until the commit.
     """
+    outcomes = _admit(session, new_jobs, max_queued_jobs, max_poison_jobs_per_hour)
+    full = [place for place, one in enumerate(outcomes) if one.outcome is AcceptOutcome.TOO_MANY_QUEUED]
+    calls = [(new_jobs[place].tenant_id, new_jobs[place].call) for place in full]
+    refusals = full_queues.refusals(session, calls, max_queued_jobs=max_queued_jobs)
+    for place, refusal in zip(full, refusals, strict=True):
+        outcomes[place] = replace(outcomes[place], refusal=refusal)
+    return outcomes
+
+
+def _admit(
+    session: Session, new_jobs: Sequence[NewJob], max_queued_jobs: int, max_poison_jobs_per_hour: int
+) -> list[Accepted]:
+    """Accept those for which limits and queues have room."""
     if not new_jobs:
         return []
     firsts = [place for place in first_of_each(new_jobs) if new_jobs[place].hopeless_seconds is None]
@@ -253,6 +267,7 @@ def of_new_jobs(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
         "traceparents": [job.traceparent for job in new_jobs],
         "key_ids": [job.key_id for job in new_jobs],
         "etas": [job.estimate and f"{{{','.join(map(str, job.estimate.stored))}}}" for job in new_jobs],
+        "call_sizes": [1 if job.call is None else job.call.num_jobs for job in new_jobs],
         "callbacks": Packed(None if job.callback is None else job.callback.model_dump_json() for job in new_jobs),
     }
 

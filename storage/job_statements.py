@@ -99,19 +99,19 @@ WITH new AS MATERIALIZED (
         CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[]),
         CAST(:endpoint_bodies AS text[]), CAST(:kinds AS text[]), CAST(:input_lengths AS text[]),
         CAST(:request_ids AS text[]), CAST(:callbacks AS text[]), CAST(:key_ids AS text[]),
-        CAST(:etas AS text[]), CAST(:traceparents AS text[])
+        CAST(:etas AS text[]), CAST(:traceparents AS text[]), CAST(:call_sizes AS int[])
     ) WITH ORDINALITY AS n(
         id, tenant_id, model, adapter, model_revision, priority, idempotency_key, request_hash, max_failures,
         start_timeout, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata,
         result_ttl_seconds, request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint,
         lane, retry_of, endpoint_body, kind, input_lengths, request_id,
-        callback, key_id, eta, traceparent, place)
+        callback, key_id, eta, traceparent, call_size, place)
 ),
 load AS MATERIALIZED (
-    SELECT l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) - l.num_queued AS room,
+    SELECT l.tenant_id, bound, bound - l.num_queued AS room,
         (SELECT count(*) FROM poison_requests p WHERE p.tenant_id = l.tenant_id
             AND p.created_at > {CLOCK} - interval '1 hour') > :max_poison_jobs_per_hour AS is_quarantined
-    FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
+    FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS bound
     WHERE l.tenant_id IN (SELECT tenant_id FROM new) ORDER BY l.tenant_id FOR NO KEY UPDATE OF l
 ),
 fresh AS (
@@ -132,7 +132,9 @@ inserted AS (
         seed, cost, metadata::json, result_ttl_seconds, webhook_url, webhook_statuses::text[], endpoint, is_stored,
         kind, key_id, eta::real[],
         {CLOCK}, {CLOCK}, {CLOCK}
-    FROM fresh JOIN load USING (tenant_id) WHERE place_in_tenant <= room ORDER BY place
+    FROM fresh JOIN load USING (tenant_id)
+    WHERE place_in_tenant <= room AND call_size <= bound  -- of a call that can never fit, no part is accepted
+    ORDER BY place
     ON CONFLICT DO NOTHING RETURNING id, tenant_id
 ),
 payload AS (

@@ -24,7 +24,6 @@ from domain.errors import (
     IdempotencyKeyReused,
     InvalidRequest,
     PoisonRequest,
-    TooManyQueuedJobs,
     UnsupportedParameter,
 )
 from domain.eta import Estimate
@@ -381,11 +380,6 @@ def raise_refusal(accepted: Accepted, options: JobOptions) -> None:
         )
     if accepted.refusal is not None:
         raise accepted.refusal
-    if accepted.outcome is AcceptOutcome.TOO_MANY_QUEUED:
-        raise TooManyQueuedJobs(
-            "your queue is full, as the maximum number of your jobs is waiting; retry when some are done",
-            retry_after_seconds=5,
-        )
 
 
 @dataclass(frozen=True, slots=True)

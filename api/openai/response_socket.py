@@ -271,6 +271,9 @@ async def serve_socket(websocket: WebSocket) -> None:
     services: Services = websocket.app.state.services
     try:
         await _authenticate(services, websocket)
+        services.slots.refuse_if_below(
+            2, what="a WebSocket with a response on it", remedy="send it to POST /v1/responses"
+        )
         services.slots.refuse_if_full()
     except CeleriacError as exc:
         await websocket.send_denial_response(error_response(exc))

@@ -47,6 +47,8 @@ def answer_headers(started: float) -> dict[str, str]:
 
 UNSERVED_POLL_SECONDS = 1.0
 
+UNSERVED_RETRY_SECONDS = 10.0  # when a model is served again, nobody knows, unless it is being loaded
+
 Accept = Callable[[NewJob], Awaitable[Accepted]]
 
 
@@ -194,13 +196,14 @@ def _refuse_unserved(services: Services, model: str) -> None:
     if queue is not None and not queue.is_loaded:
         raise NoWorkers(
             f"{model[:128]} was unloaded by an admin; have it loaded, or submit a job to /v1/jobs, which can wait",
-            retry_after_seconds=10,
+            retry_after_seconds=UNSERVED_RETRY_SECONDS,
         )
     seconds = services.monitor.unserved_seconds(model)
     if seconds > services.settings.no_workers_seconds:
+        ready_in = None if queue is None else queue.ready_in_seconds
         raise NoWorkers(
             f"no worker has served {model[:128]} for {seconds:.0f} s; retry, or submit it to /v1/jobs, which can wait",
-            retry_after_seconds=10,
+            retry_after_seconds=UNSERVED_RETRY_SECONDS if ready_in is None else ready_in,
         )
 
 

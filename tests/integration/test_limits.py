@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.access import Limits
@@ -257,6 +258,43 @@ def test_a_call_of_several_jobs_is_one_request(make_caller: Callable[[], Caller]
     caller.limit_key(unfinished_jobs=None)
     assert several(caller, 3, stream=True).status_code == 200, "nothing was charged for the refused one"
     assert several(caller, 3).json()["error"]["code"] == "requests_per_minute_exceeded"
+
+
+def test_a_call_that_no_queue_can_hold_is_refused_for_ever(make_caller: Callable[[], Caller]) -> None:
+    caller = make_caller()
+    caller.limit_tenant(queued_jobs=3)
+    message = "the 4 prompts of this request may take 4 jobs, and queued_jobs of your tenant is 3; send fewer prompts"
+    refused_for_ever(caller, 4, message)
+    request = {"model": "large", "prompts": ["a", "b", "c", "d"], "max_tokens": 4}
+    answer = caller.client.post("/generate", json=request)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "prompts"), answer.text
+    assert caller.client.get("/v1/jobs").json()["data"] == [], "no part of it was accepted"
+
+
+def test_a_websocket_that_no_limit_leaves_a_response_is_refused(make_caller: Callable[[], Caller]) -> None:
+    caller = make_caller()
+    caller.limit_key(streams=1)
+    handshake = {"connection": "upgrade", "upgrade": "websocket", "sec-websocket-version": "13"}
+    answer = caller.client.get("/v1/responses", headers=handshake | {"sec-websocket-key": "AQIDBAUGBwgJCgsMDQ4PEA=="})
+    assert answer.status_code == 400, answer.text
+    assert "takes 2 streams, and streams of your key is 1" in answer.json()["error"]["message"]
+
+
+def test_a_full_queue_says_when_it_will_have_room(
+    make_caller: Callable[[], Caller], hand_worker: HandWorker, session_factory: sessionmaker[Session]
+) -> None:
+    caller = make_caller()
+    caller.limit_tenant(queued_jobs=2)
+    first = post_job(caller.client)["id"]
+    post_job(caller.client)
+    hand_worker.claim(first)
+    with session_factory.begin() as session:  # it waited for 40 s while the queue of two passed
+        session.execute(text("UPDATE jobs SET created_at = started_at - interval '40 s' WHERE status = 'in_progress'"))
+    post_job(caller.client)
+    answer = refused(caller.client, "too_many_queued_jobs")
+    assert 20 <= int(answer.headers["retry-after"]) <= 24, "one job every 20 s"
+    message = "2 of your jobs wait, this request adds 1, and queued_jobs of your tenant is 2; retry when some have"
+    assert message in answer.json()["error"]["message"]
 
 
 def several(caller: Caller, num_prompts: int, **fields: Any) -> httpx.Response:
