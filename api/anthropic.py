@@ -73,6 +73,7 @@ def _asked(body: MessagesBody) -> Asked:
         metadata=body.job_metadata,
         spelling=spelling_of(body),
         use_cache=body.use_cache,
+        timeouts=body.timeouts,
     )
 
 

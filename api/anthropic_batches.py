@@ -88,6 +88,7 @@ async def create_message_batch(request: Request) -> Response:
         metadata={NUM_REQUESTS: str(len(body.requests))},
         ttl_seconds=services.settings.file_ttl_seconds,
         key_id=request.state.key_id,
+        timeouts=body.timeouts.or_else(job_headers.timeouts),
     )
     return await _answer(request, batch)
 

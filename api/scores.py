@@ -33,7 +33,9 @@ async def rerank(request: Request) -> Response:
     """Order documents by how well they match a query, as Cohere's, Jina's and vLLM's rerank does."""
     body = await read_for_model(request, RerankBody, HINT_TREE, task="scoring")
     spec = services_of(request).views.get(body.model).spec
-    asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of_rerank(body, spec))
+    asked = Asked(
+        endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of_rerank(body, spec), timeouts=body.timeouts
+    )
     run = await start(request, await off_loop(request, to_rerank_request, body, spec), asked)
     return WholeAnswer([run], lambda records: rerank_from_result(records[0], body))
 
@@ -44,6 +46,8 @@ async def score(request: Request) -> Response:
     """How well one text matches others, or each of several texts its counterpart, as vLLM's score does."""
     body = await read_for_model(request, ScoreBody, HINT_TREE, task="scoring")
     spec = services_of(request).views.get(body.model).spec
-    asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of_score(body, spec))
+    asked = Asked(
+        endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of_score(body, spec), timeouts=body.timeouts
+    )
     run = await start(request, await off_loop(request, to_score_request, body, spec), asked)
     return WholeAnswer([run], lambda records: scores_from_result(records[0], body))

@@ -129,7 +129,9 @@ async def generate(request: Request) -> Response:
     body = await read_for_model(request, GenerateBody)
     generations = await off_loop(request, body.to_requests)
     spelling = spelling_of_params() if body.prompts is None else spelling_of_params(prompt="prompts")
-    asked = Asked(Endpoint.SIMPLE, has_stream=False, use_cache=body.use_cache, spelling=spelling)
+    asked = Asked(
+        Endpoint.SIMPLE, has_stream=False, use_cache=body.use_cache, spelling=spelling, timeouts=body.timeouts
+    )
     runs = await start_all(request, generations, asked)
     if body.prompts is None:
         return WholeAnswer(runs, lambda records: generated(records[0]))
@@ -146,7 +148,8 @@ async def generate_stream(request: Request) -> Response:
     """Continue one prompt and stream the text; the last event has `done`."""
     body = await read_for_model(request, GenerateStreamBody)
     generation = body.to_request({"prompt": body.text()})
-    run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=True, use_cache=body.use_cache))
+    asked = Asked(Endpoint.SIMPLE, has_stream=True, use_cache=body.use_cache, timeouts=body.timeouts)
+    run = await start(request, generation, asked)
     return stream_answer(run, GeneratedStream(), Framing(last_frame=b""))
 
 
@@ -157,7 +160,8 @@ async def chat(request: Request) -> Response:
     source = {"messages": [{"role": "user", "content": body.prompt}]}
     max_tokens = CHAT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     generation = body.to_request(source, max_tokens=max_tokens)
-    run = await start(request, generation, Asked(Endpoint.SIMPLE, has_stream=False, use_cache=body.use_cache))
+    asked = Asked(Endpoint.SIMPLE, has_stream=False, use_cache=body.use_cache, timeouts=body.timeouts)
+    run = await start(request, generation, asked)
     return WholeAnswer([run], lambda records: {"text": _text_of(records[0])})
 
 
@@ -185,6 +189,7 @@ async def infer(request: Request) -> Response:
                 has_stream=False,
                 timeout_seconds=timeout_seconds,
                 use_cache=None if body.use_cache else False,
+                timeouts=body.timeouts,
             ),
         )
     except TooManyQueuedJobs as exc:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from celeriac.terminal import BatchPrinter
 
 
+SECONDS = click.FloatRange(0, min_open=True)
+
+
 @click.command()
 @click.argument("prompt")
 @click.option("--model", help="Model to use.  [default: the installation's default model]")
@@ -21,6 +24,9 @@ if TYPE_CHECKING:
 @click.option("--temperature", type=click.FloatRange(0, 2), help="0 always takes the most likely token.")
 @click.option("--seed", type=int, help="The same seed, prompt and model give the same text.")
 @click.option("--stop", multiple=True, help="Stop before this text; may be given several times.")
+@click.option("--deadline", metavar="TIME", help="Expire at this time, such as 2030-01-31T12:00:00Z.")
+@click.option("--start-timeout", type=SECONDS, metavar="SECONDS", help="Expire if not started within this time.")
+@click.option("--run-timeout", type=SECONDS, metavar="SECONDS", help="Expire after running for this time.")
 @click.option("--system", help="Instructions that come before the prompt.")
 @click.option("--complete", is_flag=True, help="Continue the prompt as it stands instead of answering it.")
 @click.option("--stream", "mode", flag_value="stream", default="stream", help="Print the text as it arrives (default).")
@@ -124,9 +130,13 @@ def batch() -> None:
 @click.argument("requests", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Results go here.")
 @click.option("--window", default="24h", show_default=True, help="Time for the whole batch, from 1h to 7d.")
+@click.option("--start-timeout", type=SECONDS, metavar="SECONDS", help="How long a line may wait, once it is a job.")
+@click.option("--run-timeout", type=SECONDS, metavar="SECONDS", help="How long a line may run.")
 @connection_options
 @json_option
-def run_batch(requests: Path, output: Path, window: str, url: str | None, key: str | None, as_json: bool) -> None:
+def run_batch(
+    requests: Path, output: Path, window: str, url: str | None, key: str | None, as_json: bool, **timeouts: float | None
+) -> None:
     """Run the REQUESTS of a JSONL file, in OpenAI's format, and write the results.
 
     Ctrl-C ends the waiting, not the batch: `celeriac batch get` waits again and fetches its results. The exit code is 0
@@ -138,7 +148,7 @@ def run_batch(requests: Path, output: Path, window: str, url: str | None, key: s
     from celeriac.terminal import BatchPrinter
 
     with open_client(url, key) as client, BatchPrinter() as printer:
-        done = client.batch(requests, output, completion_window=window, on_progress=printer.show)
+        done = client.batch(requests, output, completion_window=window, on_progress=printer.show, **timeouts)
         _finish(printer, done, as_json=as_json)
 
 

@@ -13,7 +13,7 @@ from dialects.anthropic_answers import MessageView
 from dialects.anthropic_errors import AnthropicErrorView, anthropic_error_body
 from dialects.errors import HTTP_BY_CODE
 from dialects.native import NO_NUL
-from dialects.openai import OpenAIModel
+from dialects.openai import OpenAIModel, TimeoutFields
 from dialects.openai_batches import read_line
 from dialects.openai_views import Timestamp, View
 from domain.errors import CeleriacError, InvalidRequest
@@ -30,7 +30,7 @@ class BatchedMessage(OpenAIModel):
     params: dict[str, Any]  # a body of /v1/messages
 
 
-class MessageBatchBody(OpenAIModel):
+class MessageBatchBody(TimeoutFields):
     requests: Annotated[list[BatchedMessage], Field(min_length=1, max_length=MAX_LINES)]
 
 

@@ -17,6 +17,7 @@ from dialects.openai import (
     MAX_PARTS,
     AskedTools,
     OpenAIModel,
+    TimeoutFields,
     Unsupported,
     answer_of,
     build,
@@ -199,7 +200,7 @@ class PromptBody(OpenAIModel):
         return self.tool_choice is None or self.tool_choice.disable_parallel_tool_use is not True
 
 
-class MessagesBody(PromptBody):
+class MessagesBody(PromptBody, TimeoutFields):
     max_tokens: Annotated[int, Field(ge=1, le=1_000_000)]
     stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None = None
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None

@@ -240,7 +240,9 @@ class JobView(View):
     first_token_at: Annotated[Timestamp | None, Field(description="When the first output was committed.")]
     finished_at: Timestamp | None
     expires_at: Annotated[Timestamp | None, Field(description="When the job is deleted; null until it has ended.")]
-    deadline: Timestamp | None
+    deadline: Annotated[Timestamp | None, Field(description="As it was asked for.")]
+    start_timeout: Annotated[float | None, Field(description="Seconds, likewise.")]
+    run_timeout: Annotated[float | None, Field(description="Seconds, likewise.")]
     priority: int
     attempt: int
     worker: Annotated[str | None, Field(description="The name of the worker that runs it, or ran it last.")]
@@ -295,6 +297,8 @@ def new_job_view(new_job: NewJob, created_at: datetime, queue: QueueView) -> Job
         "model": new_job.request.model,
         "created_at": timestamp(created_at),
         "deadline": optional_timestamp(new_job.deadline_at),
+        "start_timeout": new_job.start_timeout_seconds,
+        "run_timeout": new_job.run_timeout_seconds,
         "priority": new_job.priority,
         "attempt": 0,
         "queue": queue,
@@ -321,7 +325,9 @@ def job_view(record: JobRecord, queue: QueueView | None = None) -> JobView:
         "first_token_at": optional_timestamp(job.first_token_at),
         "finished_at": optional_timestamp(job.finished_at),
         "expires_at": optional_timestamp(job.prune_at),
-        "deadline": optional_timestamp(job.deadline_at),
+        "deadline": optional_timestamp(job.asked_deadline_at),
+        "start_timeout": _start_timeout(job),
+        "run_timeout": job.run_timeout_seconds,
         "priority": job.priority,
         "attempt": job.attempt,
         "worker": record.worker,
@@ -339,6 +345,11 @@ def job_view(record: JobRecord, queue: QueueView | None = None) -> JobView:
     if record.request is not None:
         view["input"] = _input_view(record.request)
     return view
+
+
+def _start_timeout(job: Job) -> float | None:
+    """Both times are those of the statement that accepted the job."""
+    return None if job.start_deadline_at is None else (job.start_deadline_at - job.created_at).total_seconds()
 
 
 def attempts_view(job: Job, ended: Sequence[JobAttempt], *, worker: str | None = None) -> list[AttemptView]:

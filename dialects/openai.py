@@ -27,11 +27,11 @@ from pydantic_core import PydanticCustomError
 from dialects.aliases import OUTPUT, SAMPLING, Aliases
 from dialects.bodies import UNSUPPORTED, invalid_request
 from dialects.fields import FOREIGN_TOOLS, is_foreign_tool, note_ignored
-from dialects.native import MetadataKey, MetadataValue
+from dialects.native import MetadataKey, MetadataValue, TimeoutSeconds
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.jobs import FinishReason, FirstErrorModel
 from domain.json_schemas import gather
-from domain.requests import MAX_STOP_STRINGS, Effort, SamplingParams
+from domain.requests import MAX_STOP_STRINGS, Effort, SamplingParams, Timeouts
 from domain.strict_schemas import closed, enforceable
 from domain.structured_output import (
     MAX_CALLS_BYTES,
@@ -124,6 +124,21 @@ CallerId = Annotated[str, StringConstraints(max_length=512)]
 ServiceTier = Literal["auto", "default", "flex", "priority", "fast"]
 
 
+class TimeoutFields(OpenAIModel):
+    """Our own fields, which every body has that makes a job. They go before the headers of the same names."""
+
+    start_timeout: TimeoutSeconds | None = Field(
+        default=None, description="How many seconds the job may wait in the queue."
+    )
+    run_timeout: TimeoutSeconds | None = Field(
+        default=None, description="How many seconds the job may run once started."
+    )
+
+    @property
+    def timeouts(self) -> Timeouts:
+        return Timeouts(self.start_timeout, self.run_timeout)
+
+
 def publish_default_model(schema: dict[str, Any]) -> None:
     """Say in a body's schema that `model` may be left out. The route fills it in before the body is validated."""
     schema["required"] = [name for name in schema.get("required", ()) if name != "model"]
@@ -140,7 +155,7 @@ def publish_bounds(schema: dict[str, Any]) -> None:
             branch |= {key: bound for key, bound in bounds.items() if key not in known}
 
 
-class SamplingBody(OpenAIModel):
+class SamplingBody(TimeoutFields):
     """What every route that generates text can be told about sampling, with the names of SamplingParams."""
 
     model_config = ConfigDict(json_schema_extra=publish_bounds)

@@ -41,7 +41,7 @@ from domain.errors import (
     UnsupportedParameter,
 )
 from domain.jobs import LineRefusal
-from domain.requests import EmbeddingRequest, GenerationRequest, JobRequest
+from domain.requests import EmbeddingRequest, GenerationRequest, JobRequest, Timeouts
 from storage.job_queries import JobRecord
 from text.models import ModelView, ModelViews
 from text.parsers import parser_of
@@ -55,6 +55,7 @@ class LineRequest:
     custom_id: str
     request: JobRequest
     metadata: Mapping[str, str]
+    timeouts: Timeouts
     in_words: Callable[[CeleriacError], CeleriacError]
     answer: Callable[[JobRecord], Mapping[str, object]]
 
@@ -248,7 +249,7 @@ def _read_body(line: Line, route: LineRoute[Body, Request], views: ModelViews) -
     def in_words(exc: CeleriacError) -> CeleriacError:
         return with_body_names(exc, route.spelling_of(body))
 
-    return LineRequest(line.custom_id, request, metadata, in_words, answer)
+    return LineRequest(line.custom_id, request, metadata, body.timeouts, in_words, answer)
 
 
 def _metadata_of(body: GenerationBody | EmbeddingBody | MessagesBody) -> Mapping[str, str]:

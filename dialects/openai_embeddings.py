@@ -9,12 +9,7 @@ import orjson
 from pydantic import ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 from dialects.bodies import with_body_names
-from dialects.openai import (
-    CallerId,
-    OpenAIModel,
-    build,
-    publish_default_model,
-)
+from dialects.openai import CallerId, TimeoutFields, build, publish_default_model
 from dialects.openai_messages import Message, to_message
 from dialects.openai_views import (
     View,
@@ -53,7 +48,7 @@ EmbeddingInputs = Annotated[
 ]
 
 
-class EmbeddingBody(OpenAIModel):
+class EmbeddingBody(TimeoutFields):
     model_config = ConfigDict(json_schema_extra=publish_default_model)
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Discriminator, Field, StringConstraints, Tag
 
 from dialects.aliases import Alias, Aliases
 from dialects.bodies import with_body_names
-from dialects.openai import CallerId, OpenAIModel, build, publish_default_model
+from dialects.openai import CallerId, OpenAIModel, TimeoutFields, build, publish_default_model
 from dialects.openai_views import View
 from domain.catalog import ModelSpec
 from domain.errors import InvalidRequest
@@ -45,7 +45,7 @@ OneOrMany = Annotated[
 ]
 
 
-class ScoringBody(OpenAIModel):
+class ScoringBody(TimeoutFields):
     model_config = ConfigDict(json_schema_extra=publish_default_model)
 
     model: Annotated[str, StringConstraints(min_length=1, max_length=256)]

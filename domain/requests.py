@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 from uuid import UUID
 
 from pydantic import AfterValidator, Discriminator, Field, StringConstraints, Tag, TypeAdapter, model_validator
@@ -442,6 +442,21 @@ class ConversationTurn:
 
     conversation_id: UUID
     version: int
+
+
+class Timeouts(NamedTuple):
+    """For how many seconds a job may wait in the queue, and may run once it has started. None: for any time."""
+
+    start_seconds: float | None = None
+    run_seconds: float | None = None
+
+    def or_else(self, default: "Timeouts") -> "Timeouts":
+        """These, and `default` where there is none."""
+        start, run = (theirs if own is None else own for own, theirs in zip(self, default, strict=True))
+        return Timeouts(start, run)
+
+
+NO_TIMEOUTS = Timeouts()
 
 
 @dataclass(frozen=True, slots=True)

@@ -252,6 +252,7 @@ class RunningBatch:
             if held.is_cancel_requested:
                 self._abort(job, FinishReason.CANCELLED)
             elif held.is_past_deadline:
+                job.has_run_out = held.has_run_out
                 self._abort(job, FinishReason.DEADLINE)
 
     # Interruptions

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from time import monotonic
 
-from domain.errors import CeleriacError, DeadlineExceeded
+from domain.errors import CeleriacError, DeadlineExceeded, RunTimeoutExceeded
 from domain.jobs import FinishReason, JobError, JobStatus, Usage, external_id
 from domain.requests import (
     EmbeddingResult,
@@ -95,6 +95,7 @@ class RunningJob:
         self.leased_at = claimed_at
         self.has_spoken = False  # whether this attempt has had a chunk
         self.is_in_engine = False
+        self.has_run_out = False  # whether the deadline that it passed is the end of its run timeout
         self.first_output_at: float | None = None  # the monotonic time of this attempt's first output
         self.is_pausing = False  # whether the engine has been told to pause it
         self.is_ending = False  # whether its finalisation is in progress, so that nothing else may be done with it
@@ -243,7 +244,8 @@ class RunningJob:
     def _finalisation(self, result: JobOutput | None, reason: FinishReason | None) -> Finalisation:
         status, error = self._status(), self._error
         if status is JobStatus.EXPIRED:
-            error = _job_error(DeadlineExceeded.code, "the deadline passed before the job was finished")
+            code = RunTimeoutExceeded.code if self.has_run_out else DeadlineExceeded.code
+            error = _job_error(code, "its time was over before the job was finished")  # storage has the full words
         return Finalisation(
             job_id=self.id,
             attempt=self.attempt,

@@ -24,7 +24,7 @@ from dialects import openai_batches
 from dialects.openai_batches import LineRequest, refusal_of
 from domain.errors import CeleriacError, Overloaded
 from domain.jobs import BATCH_PRIORITY, BatchError, BatchStatus, LineOutcome, LineRefusal, external_id
-from domain.requests import JobOptions
+from domain.requests import JobOptions, Timeouts
 from domain.shares import current_tenant
 from maintenance.batch_validation import BatchValidation
 from observability import describe_exception, key_id_context
@@ -347,8 +347,11 @@ def _is_done(batch: Batch) -> bool:
 def _options(batch: Batch, line: BatchLine, asked: LineRequest) -> JobOptions:
     """The options of a line's job. Its idempotency key contains a space, which clients' keys cannot contain, so the two
     never collide."""
+    timeouts = asked.timeouts.or_else(Timeouts(batch.start_timeout_seconds, batch.run_timeout_seconds))
     return JobOptions(
         priority=BATCH_PRIORITY,
+        start_timeout_seconds=timeouts.start_seconds,
+        run_timeout_seconds=timeouts.run_seconds,
         deadline_at=batch.expires_at,
         result_ttl_seconds=UNTIL_FROZEN_SECONDS,
         idempotency_key=f"{external_id(batch.id, 'batch')} {line.line}",

@@ -25,6 +25,7 @@ from domain.jobs import (
     external_id,
     new_id,
 )
+from domain.requests import NO_TIMEOUTS, Timeouts
 from storage import files
 from storage.files import UNFINISHED, Batch, BatchLine, File
 from storage.webhooks import write_batch_deliveries
@@ -51,6 +52,7 @@ def create(
     metadata: Mapping[str, str],
     output_ttl_seconds: int,
     key_id: str | None = None,
+    timeouts: Timeouts = NO_TIMEOUTS,
 ) -> Batch:
     """Create a batch. Raises FileNotFound, or TooManyQueuedJobs if the tenant has MAX_UNFINISHED unfinished batches."""
     file = session.scalar(
@@ -76,6 +78,8 @@ def create(
         batch_metadata=dict(metadata),
         output_ttl_seconds=output_ttl_seconds,
         key_id=key_id,
+        start_timeout_seconds=timeouts.start_seconds,
+        run_timeout_seconds=timeouts.run_seconds,
         expires_at=func.statement_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, window_seconds),
     )
     session.add(batch)
@@ -106,6 +110,7 @@ def create_with_file(
     metadata: Mapping[str, str],
     ttl_seconds: int,
     key_id: str | None = None,
+    timeouts: Timeouts = NO_TIMEOUTS,
 ) -> Batch:
     """A batch whose lines came with the request for it. Raises as `create` does, and InsufficientQuota where the
     tenant's files have `max_bytes`."""
@@ -131,6 +136,7 @@ def create_with_file(
         metadata=metadata,
         output_ttl_seconds=ttl_seconds,
         key_id=key_id,
+        timeouts=timeouts,
     )
 
 

@@ -15,6 +15,7 @@ from sqlalchemy import (
     BigInteger,
     CheckConstraint,
     ColumnElement,
+    Double,
     ForeignKey,
     Index,
     Select,
@@ -96,6 +97,8 @@ class Batch(Row):
     completion_window: Mapped[str]
     batch_metadata: Mapped[dict[str, str]] = mapped_column("metadata")
     output_ttl_seconds: Mapped[int]
+    start_timeout_seconds: Mapped[float | None] = mapped_column(Double)  # of lines that have none of their own
+    run_timeout_seconds: Mapped[float | None] = mapped_column(Double)
     model: Mapped[str | None]
     errors: Mapped[BatchErrors | None] = mapped_column(PydanticJSON(BatchErrors))
     output_file_id: Mapped[UUID | None]

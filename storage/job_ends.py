@@ -22,12 +22,9 @@ from domain.errors import (
     WorkerLost,
 )
 from domain.jobs import JobError
-from storage.job_statements import BEGUN, CLOCK, CORRECTION, COUNTED, RUNNING
+from storage.job_statements import BEGUN, CLOCK, CORRECTION, COUNTED, HAS_RUN_OUT, RUNNING
 from storage.usage import RECORDED_COLUMNS, attempts_recorded, discarded_recorded, ends_recorded
 from storage.webhooks import IS_TOLD
-
-# The first claim narrowed the deadline to the end of the run timeout.
-HAS_RUN_OUT = "j.deadline_at = j.started_at + make_interval(secs => j.run_timeout_seconds)"
 
 LATE_ERROR = f"CAST(CASE WHEN {HAS_RUN_OUT} THEN :run_timeout_error ELSE :deadline_error END AS json)"
 

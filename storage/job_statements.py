@@ -123,13 +123,15 @@ fresh AS (
 ),
 inserted AS (
     INSERT INTO jobs (id, tenant_id, model, adapter, model_revision, lane, retry_of, priority, idempotency_key,
-        request_hash, max_failures, start_deadline_at, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
-        seed, cost, metadata, result_ttl_seconds, webhook_url, webhook_statuses, endpoint, is_stored, kind, key_id,
+        request_hash, max_failures, start_deadline_at, deadline_at, asked_deadline_at, run_timeout_seconds,
+        num_prompt_tokens, max_tokens, seed, cost, metadata, result_ttl_seconds,
+        webhook_url, webhook_statuses, endpoint, is_stored, kind, key_id,
         eta, available_at, dispatch_at, created_at)
     SELECT id, tenant_id, model, adapter, model_revision, CASE WHEN is_quarantined THEN 'isolated' ELSE lane END,
         retry_of, priority, idempotency_key, request_hash, max_failures,
-        {CLOCK} + make_interval(secs => start_timeout), deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens,
-        seed, cost, metadata::json, result_ttl_seconds, webhook_url, webhook_statuses::text[], endpoint, is_stored,
+        {CLOCK} + make_interval(secs => start_timeout), deadline_at, deadline_at, run_timeout_seconds,
+        num_prompt_tokens, max_tokens, seed, cost, metadata::json, result_ttl_seconds,
+        webhook_url, webhook_statuses::text[], endpoint, is_stored,
         kind, key_id, eta::real[],
         {CLOCK}, {CLOCK}, {CLOCK}
     FROM fresh JOIN load USING (tenant_id)
@@ -206,6 +208,9 @@ FROM (SELECT max(sequence_number) AS last, sum(json_array_length(coalesce(chunk-
 WHERE jobs.id = :id AND jobs.attempt = 0 AND total.last IS NOT NULL
 RETURNING committed_sequence_number
 """)
+
+# The first claim narrowed the deadline to the end of the run timeout.
+HAS_RUN_OUT = "j.deadline_at = j.started_at + make_interval(secs => j.run_timeout_seconds)"
 
 # The job has output, so it must continue under the revision that generated it.
 BEGUN = "(j.committed_sequence_number > j.reset_sequence_number)"
@@ -368,7 +373,8 @@ held AS (
     FROM flush WHERE j.id = flush.id AND {RUNNING} AND j.attempt = flush.attempt
         AND j.committed_sequence_number IN (flush.before, flush.after)
     RETURNING j.id, j.attempt, j.cancel_requested_at IS NOT NULL AS is_cancel_requested,
-        coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline, flush.before, flush.chunks
+        coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline, coalesce({HAS_RUN_OUT}, false) AS has_run_out,
+        flush.before, flush.chunks
 ),
 written AS (
     INSERT INTO job_chunks (job_id, sequence_number, attempt, chunk)
@@ -376,14 +382,14 @@ written AS (
     FROM held CROSS JOIN LATERAL json_array_elements(held.chunks::json) WITH ORDINALITY AS c(chunk, place)
     ON CONFLICT DO NOTHING
 )
-SELECT id, attempt, is_cancel_requested, is_past_deadline FROM held
+SELECT id, attempt, is_cancel_requested, is_past_deadline, has_run_out FROM held
 """)
 
 RENEW = text(f"""
 UPDATE jobs j SET lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds)
 WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'in_progress' AND j.lease_owner = :owner
 RETURNING j.id, j.attempt, j.cancel_requested_at IS NOT NULL AS is_cancel_requested,
-    coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline
+    coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline, coalesce({HAS_RUN_OUT}, false) AS has_run_out
 """)
 
 

@@ -91,6 +91,7 @@ class Held:
     attempt: int
     is_cancel_requested: bool
     is_past_deadline: bool
+    has_run_out: bool  # its deadline is the end of its run timeout
 
 
 @dataclass(frozen=True, slots=True)

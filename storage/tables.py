@@ -250,6 +250,7 @@ class Job(Row):
     available_at: Mapped[datetime] = mapped_column(server_default=func.now())
     start_deadline_at: Mapped[datetime | None]  # the job expires if it has not been claimed by then
     deadline_at: Mapped[datetime | None]  # the job expires then in any state
+    asked_deadline_at: Mapped[datetime | None]  # the deadline that the client gave
     run_timeout_seconds: Mapped[float | None] = mapped_column(Double)  # narrows deadline_at at the first claim
     dispatch_at: Mapped[datetime] = mapped_column(server_default=func.now())  # read by earlier releases only
     num_dispatches: Mapped[int] = mapped_column(server_default="0")  # of a batch line: above 0 once it is let in

@@ -15,7 +15,7 @@ from api.openai.files import MAX_TTL_SECONDS, MIN_TTL_SECONDS, parse_file_id, re
 from api.openai.job_headers import read_job_headers
 from api.openapi import ERROR, request_body
 from api.services import caller_of, private_router
-from dialects.openai import Metadata, OpenAIModel
+from dialects.openai import Metadata, OpenAIModel, TimeoutFields
 from dialects.openai_batches import ROUTES
 from dialects.openai_views import InputTokensDetailsView, OutputTokensDetailsView, PageView, View
 from domain.errors import BatchNotFound, InvalidRequest
@@ -35,7 +35,7 @@ class ExpiresAfter(OpenAIModel):
     seconds: int = Field(json_schema_extra={"minimum": MIN_TTL_SECONDS, "maximum": MAX_TTL_SECONDS})
 
 
-class BatchBody(OpenAIModel):
+class BatchBody(TimeoutFields):
     input_file_id: Annotated[str, StringConstraints(max_length=128)]
     endpoint: Annotated[str, StringConstraints(max_length=128)] = Field(json_schema_extra={"enum": list(ROUTES)})
     completion_window: Annotated[str, StringConstraints(max_length=16)] = Field(
@@ -138,6 +138,7 @@ async def create_batch(request: Request) -> Response:
         metadata=body.metadata or {},
         output_ttl_seconds=ttl_seconds,
         key_id=request.state.key_id,
+        timeouts=body.timeouts.or_else(job_headers.timeouts),
     )
     return _answer(batch)
 

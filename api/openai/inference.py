@@ -106,6 +106,7 @@ def _asked(body: ChatCompletionBody) -> Asked:
         metadata=body.metadata,
         spelling=spelling_of(body),
         use_cache=body.use_cache,
+        timeouts=body.timeouts,
     )
 
 
@@ -146,6 +147,7 @@ def _asked_completion(body: CompletionBody) -> Asked:
         service_tier=body.service_tier,
         metadata=body.metadata,
         use_cache=body.use_cache,
+        timeouts=body.timeouts,
     )
 
 
@@ -158,7 +160,9 @@ async def create_embeddings(request: Request) -> Response:
     """Embeddings like OpenAI's. They are a job like any other: the `x-job-id` header has its id for /v1/jobs."""
     body = await read_for_model(request, EmbeddingBody, HINT_TREE, task="embedding")
     view = services_of(request).views.get(body.model)
-    asked = Asked(endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of_embeddings(body))
+    asked = Asked(
+        endpoint=Endpoint.EMBEDDINGS, has_stream=False, spelling=spelling_of_embeddings(body), timeouts=body.timeouts
+    )
     run = await start(request, await off_loop(request, to_embedding_request, body, view), asked)
     return WholeAnswer([run], lambda records: embeddings_from_result(records[0], body))
 

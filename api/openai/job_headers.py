@@ -10,6 +10,7 @@ from starlette.datastructures import Headers
 from api.inputs import parse_idempotency_key
 from dialects.native import WEEK_SECONDS
 from domain.errors import InvalidRequest
+from domain.requests import Timeouts
 from domain.webhooks import MAX_URL_BYTES
 
 DEFAULT_READ_TIMEOUT_SECONDS = 600.0  # the default of the SDKs
@@ -27,8 +28,7 @@ class JobHeaders:
 
     idempotency_key: str | None
     cancel_after_seconds: float | None
-    start_timeout_seconds: float | None
-    run_timeout_seconds: float | None
+    timeouts: Timeouts
     priority: int | None
     webhook_url: str | None
     on_disconnect: Literal["cancel", "continue"] | None
@@ -49,8 +49,7 @@ def read_job_headers(headers: Headers) -> JobHeaders:
     return JobHeaders(
         idempotency_key=parse_idempotency_key(headers.get("idempotency-key")),
         cancel_after_seconds=_duration(headers, "Cancel-After"),
-        start_timeout_seconds=_duration(headers, "X-Start-Timeout"),
-        run_timeout_seconds=_duration(headers, "X-Run-Timeout"),
+        timeouts=Timeouts(_duration(headers, "X-Start-Timeout"), _duration(headers, "X-Run-Timeout")),
         priority=_priority(headers.get("x-priority")),
         webhook_url=_webhook_url(headers.get("x-webhook")),
         on_disconnect=_on_disconnect(headers),

@@ -249,6 +249,7 @@ def _asked(services: Services, body: ResponseBody, turn: ConversationTurn | None
         endpoint_body=body.model_dump_json(by_alias=True, exclude_unset=True),
         turn=turn,
         use_cache=body.use_cache,
+        timeouts=body.timeouts,
         accept=None if turn is None else accept_in(services, turn, body),
     )
 

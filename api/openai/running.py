@@ -22,7 +22,7 @@ from dialects.openai import PRIORITY_BY_SERVICE_TIER, spelling_of_params
 from domain.errors import CeleriacError, JobNotFound, NoWorkers, StorageUnavailable
 from domain.jobs import Endpoint, JobStatus, external_id
 from domain.model_names import parse_model_name
-from domain.requests import ConversationTurn, JobOptions, JobRequest
+from domain.requests import NO_TIMEOUTS, ConversationTurn, JobOptions, JobRequest, Timeouts
 from domain.webhooks import TELLABLE_STATUSES
 from observability import job_id_context
 from storage import job_queries
@@ -63,6 +63,7 @@ class Asked:
     metadata: dict[str, str] | None = None
     spelling: Mapping[str, str] = field(default_factory=spelling_of_params)  # the names of our fields in the body
     endpoint_body: str | None = None  # JSON, if the route needs the body again
+    timeouts: Timeouts = NO_TIMEOUTS
     timeout_seconds: float | None = None  # after this nobody waits for the answer any more
     turn: ConversationTurn | None = None
     use_cache: bool | None = None
@@ -213,10 +214,11 @@ def _options(asked: Asked, job_headers: JobHeaders, number: int) -> JobOptions:
     priority = (
         PRIORITY_BY_SERVICE_TIER[asked.service_tier or "auto"] if job_headers.priority is None else job_headers.priority
     )
+    timeouts = asked.timeouts.or_else(job_headers.timeouts)
     return JobOptions(
         priority=priority,
-        start_timeout_seconds=job_headers.start_timeout_seconds,
-        run_timeout_seconds=job_headers.run_timeout_seconds,
+        start_timeout_seconds=timeouts.start_seconds,
+        run_timeout_seconds=timeouts.run_seconds,
         deadline_after_seconds=_deadline_after_seconds(asked, job_headers),
         idempotency_key=f"{key} {number}" if key is not None and number else key,
         metadata=asked.metadata or {},

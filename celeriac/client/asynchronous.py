@@ -22,6 +22,7 @@ from celeriac.client.protocol import (
     Prompt,
     Resumption,
     WaitForEnd,
+    batch_body,
     endpoint_of,
     http_options,
     job_fields,
@@ -209,6 +210,8 @@ class AsyncClient:
         results: Path,
         *,
         completion_window: str = "24h",
+        start_timeout: float | None = None,
+        run_timeout: float | None = None,
         on_progress: Callable[[BatchSnapshot], None] | None = None,
     ) -> BatchSnapshot:
         """Run a file of requests as a batch, and write its results."""
@@ -216,7 +219,7 @@ class AsyncClient:
             endpoint = endpoint_of(next(iter(file), b""))
             file.seek(0)
             uploaded = await self._ask("POST", "/v1/files", timeout=None, **upload(file, requests.name))
-        body = {"input_file_id": uploaded["id"], "endpoint": endpoint, "completion_window": completion_window}
+        body = batch_body(uploaded["id"], endpoint, completion_window, start_timeout, run_timeout)
         batch = BatchSnapshot.of(await self._ask("POST", "/v1/batches", json=body))
         return await self.batch_results(batch.id, results, on_progress=on_progress)
 

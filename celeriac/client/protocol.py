@@ -240,6 +240,15 @@ def upload(lines: Any, filename: str) -> dict[str, Any]:
     return {"data": {"purpose": "batch"}, "files": {"file": (filename, lines, "application/jsonl")}}
 
 
+def batch_body(
+    file_id: str, endpoint: str, window: str, start_timeout: float | None, run_timeout: float | None
+) -> dict[str, Any]:
+    """The body of `POST /v1/batches`."""
+    timeouts = {"start_timeout": start_timeout, "run_timeout": run_timeout}
+    given = {name: seconds for name, seconds in timeouts.items() if seconds is not None}
+    return {"input_file_id": file_id, "endpoint": endpoint, "completion_window": window} | given
+
+
 def endpoint_of(first_line: bytes) -> str:
     """The route of a batch, from the first line of its file. Raises ClientError."""
     try:

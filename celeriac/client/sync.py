@@ -22,6 +22,7 @@ from celeriac.client.protocol import (
     Prompt,
     Resumption,
     WaitForEnd,
+    batch_body,
     endpoint_of,
     http_options,
     job_fields,
@@ -77,7 +78,8 @@ class Client:
         """Submit a job and return it as accepted: from then on it runs to its end, whatever becomes of this client.
 
         `prompt` is a text to continue, or the messages of a chat to answer; without it, give `prompt_token_ids`, or
-        `inputs` for embeddings. Fields of the job (`model`, `tools`, `priority`, `metadata`, `deadline`, `webhook`, …)
+        `inputs` for embeddings. Fields of the job (`model`, `tools`, `priority`, `metadata`, `deadline`,
+        `start_timeout`, `run_timeout`, `webhook`, …)
         and sampling parameters (`max_tokens`, `temperature`, `stop`, `seed`, …) are named arguments. The default model
         is the installation's. If the connection drops, the request is sent again; its idempotency key keeps it one job.
 
@@ -233,9 +235,12 @@ class Client:
         results: Path,
         *,
         completion_window: str = "24h",
+        start_timeout: float | None = None,
+        run_timeout: float | None = None,
         on_progress: Callable[[BatchSnapshot], None] | None = None,
     ) -> BatchSnapshot:
-        """Run a file of requests as a batch, and write its results. Failed lines come last in `results`.
+        """Run a file of requests as a batch, and write its results. Failed lines come last in `results`. Each line may
+        wait for `start_timeout` and run for `run_timeout` seconds, unless it has its own.
 
         Waits for the batch, which needs neither this client nor its connection: `batch_results` fetches it later.
         """
@@ -243,7 +248,7 @@ class Client:
             endpoint = endpoint_of(next(iter(file), b""))
             file.seek(0)
             uploaded = self._ask("POST", "/v1/files", timeout=None, **upload(file, requests.name))
-        body = {"input_file_id": uploaded["id"], "endpoint": endpoint, "completion_window": completion_window}
+        body = batch_body(uploaded["id"], endpoint, completion_window, start_timeout, run_timeout)
         batch = BatchSnapshot.of(self._ask("POST", "/v1/batches", json=body))
         return self.batch_results(batch.id, results, on_progress=on_progress)
 

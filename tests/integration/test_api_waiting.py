@@ -1,7 +1,9 @@
 """Every queued job says why it waits, wherever it is shown; and what waits in vain is told."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from uuid import UUID, uuid4
 
 import httpx
@@ -14,7 +16,7 @@ from storage import batch_lines, workers
 from storage.tables import Job
 from storage.workers import WorkerReport
 from tests.conftest import MakeJob
-from tests.integration.api_harness import MODEL, ApiServer, open_events, post_job
+from tests.integration.api_harness import MODEL, ApiServer, HandWorker, open_events, post_job
 from tests.waiting import wait_until
 
 Sessions = sessionmaker[Session]
@@ -74,6 +76,47 @@ def test_a_queued_job_says_why_it_waits_wherever_it_is_shown(
 def test_a_job_that_is_accepted_says_it_at_once(http: httpx.Client, session_factory: Sessions) -> None:
     serve(session_factory, "draining")
     wait_until(lambda: post_job(http)["queue"]["waiting_for"] == "pause")
+
+
+def test_a_job_says_which_clocks_it_was_given(http: httpx.Client, hand_worker: HandWorker) -> None:
+    deadline = (datetime.now(UTC) + timedelta(hours=1)).replace(microsecond=0)
+    asked = {"deadline": deadline.isoformat(), "start_timeout": 90.5, "run_timeout": 30}
+    accepted = post_job(http, **asked)
+    hand_worker.claim(accepted["id"])  # which narrows its deadline to the end of its run timeout
+    for job in (accepted, http.get(f"/v1/jobs/{accepted['id']}").json(), http.get("/v1/jobs").json()["data"][0]):
+        assert datetime.fromisoformat(job["deadline"]) == deadline
+        assert (job["start_timeout"], job["run_timeout"]) == (90.5, 30)
+    bare = post_job(http)
+    assert [bare[name] for name in asked] == [None] * 3
+
+
+MESSAGES: dict[str, object] = {"messages": [{"role": "user", "content": "a"}]}
+BODY_BY_PATH: dict[str, dict[str, object]] = {
+    "/v1/chat/completions": MESSAGES,
+    "/v1/completions": {"prompt": "a"},
+    "/v1/responses": {"input": "a"},
+    "/v1/messages": MESSAGES | {"max_tokens": 8},
+    "/generate": {"prompt": "a"},
+    "/generate_stream": {"prompt": "a"},
+    "/chat": {"prompt": "a"},
+    "/api/v1/infer": {"prompt": "a"},
+}
+
+
+def test_every_route_takes_timeouts_in_its_body_before_those_of_the_headers(http: httpx.Client) -> None:
+    headers = {"x-start-timeout": "1m", "x-run-timeout": "2m"}
+    with ThreadPoolExecutor(len(BODY_BY_PATH)) as clients:
+        for path, fields in BODY_BY_PATH.items():
+            body = {"model": MODEL, "start_timeout": 5.5} | fields
+            call = clients.submit(http.post, path, json=body, headers=headers, timeout=None)
+            [job] = wait_until(partial(queued_jobs, http), f"{path} has made a job")
+            http.post(f"/v1/jobs/{job['id']}/cancel")  # so that the call is answered
+            assert (job["start_timeout"], job["run_timeout"]) == (5.5, 120), path
+            call.result()
+
+
+def queued_jobs(http: httpx.Client) -> list[dict[str, object]]:
+    return list(http.get("/v1/jobs", params={"status": "queued"}).json()["data"])
 
 
 def test_lines_of_batches_wait_for_their_share_though_slots_are_free(

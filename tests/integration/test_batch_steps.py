@@ -16,6 +16,7 @@ from dialects import openai_batches
 from dialects.openai_batches import LineRequest
 from domain.access import Limits
 from domain.jobs import PIECE_BYTES, BatchStatus, LineOutcome
+from domain.requests import NO_TIMEOUTS, Timeouts
 from maintenance.batches import BatchWork
 from metrics import jobs_submitted_total
 from settings import Settings
@@ -46,7 +47,7 @@ class Bench:
     monkeypatch: pytest.MonkeyPatch
     works: list[BatchWork] = field(default_factory=list)
 
-    def make_batch(self, content: bytes, tenant_id: UUID = DEFAULT_TENANT_ID) -> UUID:
+    def make_batch(self, content: bytes, tenant_id: UUID = DEFAULT_TENANT_ID, timeouts: Timeouts = NO_TIMEOUTS) -> UUID:
         with self.sessions.begin() as session:
             file_id = files.begin_upload(session, tenant_id, max_bytes=10**10)
             for number, start in enumerate(range(0, len(content), PIECE_BYTES)):
@@ -62,6 +63,7 @@ class Bench:
                 window_seconds=86_400,
                 metadata={},
                 output_ttl_seconds=3600,
+                timeouts=timeouts,
             )
         return batch.id
 
@@ -124,6 +126,15 @@ def test_no_transaction_is_open_while_lines_are_read_and_prepared(bench: Bench) 
     assert bench.batch(batch_id).status is BatchStatus.IN_PROGRESS
     assert bench.num_jobs() == 3
     assert found == [0] * 6, "once to validate the file, and once to make jobs of its lines"
+
+
+def test_lines_have_the_timeouts_of_their_batch_or_their_own(bench: Bench) -> None:
+    bench.make_batch(line(1) + line(2, start_timeout=7), timeouts=Timeouts(60, 30))
+    bench.work().tick()
+    with bench.sessions() as session:
+        found = session.query(Job).order_by(Job.id).all()
+    seconds = [(job.start_deadline_at - job.created_at).total_seconds() for job in found if job.start_deadline_at]
+    assert (seconds, [job.run_timeout_seconds for job in found]) == ([60, 7], [30, 30])
 
 
 @pytest.mark.parametrize("reading", [1, 2], ids=["validating", "feeding"])

@@ -49,6 +49,9 @@ def test_a_job_that_has_started_ends_with_the_clock_that_ran_out(
     assert claim(session, accepted.job_id, owner=OWNER)
     late = timedelta(minutes=2)
     session.execute(update(Job).values(started_at=Job.started_at - late, deadline_at=Job.deadline_at - late))
+    [held] = jobs.renew(session, [accepted.job_id], owner=OWNER, lease_seconds=60)
+    assert held.is_past_deadline
+    assert held.has_run_out is (code == "run_timeout_exceeded"), "which its worker logs"
     notice(session, accepted.job_id)
     job = session.get_one(Job, accepted.job_id, populate_existing=True)
     assert job.error is not None

@@ -118,6 +118,17 @@ def test_a_job_ends_as_the_sequence_that_was_cut_off(reasons: list[str], status:
     assert job.finalisation().status is status
 
 
+@pytest.mark.parametrize(("has_run_out", "code"), [(True, "run_timeout_exceeded"), (False, "deadline_exceeded")])
+def test_a_late_job_ends_with_the_name_of_its_clock(has_run_out: bool, code: str) -> None:
+    job = make_running()
+    job.has_run_out = has_run_out
+    job.absorb(make_output(job, "a", finish_reason="deadline"))
+    job.take_chunks()
+    error = job.finalisation().error
+    assert error is not None
+    assert error.code == code
+
+
 def scored(token_id: int) -> dict[str, object]:
     return {"token": "x", "token_id": token_id, "logprob": -0.5, "top": []}
 
