@@ -35,6 +35,7 @@ from api.inputs import (
     stream_cursor,
 )
 from api.limits import size_of
+from api.model_queues import queue_headers
 from api.openapi import EVENTS, TEXT, request_body
 from api.root_path import link
 from api.services import Services, caller_of, private_router, stream_router
@@ -302,13 +303,7 @@ def answer_job(view: JobView, headers: dict[str, str], *, pending_status: int) -
     is_terminal = view["finished_at"] is not None
     if not is_terminal:
         headers |= {"retry-after": "1", "openai-poll-after-ms": str(POLL_MILLISECONDS)}
-    queue = view["queue"]
-    if queue is not None and queue["position"] is not None:
-        headers["x-queue-position"] = str(queue["position"])
-    if queue is not None and queue["eta_seconds"] is not None:
-        headers["x-queue-eta-ms"] = str(round(queue["eta_seconds"] * 1000))
-    if queue is not None and queue["eta_p90_seconds"] is not None:
-        headers["x-queue-eta-p90-ms"] = str(round(queue["eta_p90_seconds"] * 1000))
+    headers |= queue_headers(view["queue"])
     status = 200 if is_terminal else pending_status
     return json_response(view, status, headers)
 

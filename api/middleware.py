@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import error_dialect_context, error_response
 from api.limit_headers import anthropic_limit_headers, openai_limit_headers
+from api.model_queues import HEADER_BY_FIELD
 from dialects.anthropic_errors import ANTHROPIC_ERRORS
 from dialects.errors import OPENAI_ERRORS, ErrorDialect
 from dialects.fields import HEADER, header_value, ignored_fields_context
@@ -51,6 +52,7 @@ EXPOSED_HEADERS = (
     "openai-processing-ms",
     "openai-version",
     "x-celeriac-cache",
+    *(name for name, _ in HEADER_BY_FIELD.values()),
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",

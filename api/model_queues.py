@@ -30,6 +30,28 @@ UNKNOWN_PLACE: QueueView = {
     "load_percent": None,
 }
 
+#: The headers that tell a client its job's place, whatever route it uses: a field of the view, and what one of it is.
+HEADER_BY_FIELD = {
+    "position": ("x-queue-position", 1),
+    "eta_seconds": ("x-queue-eta-ms", 1000),
+    "eta_p90_seconds": ("x-queue-eta-p90-ms", 1000),
+    "end_eta_seconds": ("x-queue-end-eta-ms", 1000),
+    "end_eta_p90_seconds": ("x-queue-end-eta-p90-ms", 1000),
+}
+
+
+def queue_headers(place: QueueView | None) -> dict[str, str]:
+    """What is known of a job's place in the queue."""
+    if place is None:
+        return {}
+    values = {name: place.get(name) for name in HEADER_BY_FIELD}
+    return {
+        header: str(round(value * factor))
+        for name, (header, factor) in HEADER_BY_FIELD.items()
+        if isinstance(value := values[name], int | float)
+    }
+
+
 WILL_LOAD = (WorkerState.LOADING, WorkerState.STANDBY)
 
 

@@ -1,4 +1,4 @@
-"""When a queued job will start and end: from the work ahead of it, and from what recent jobs took. No I/O.
+"""ETAs: an ETA is the estimate of when a job starts and ends, from the work ahead and what recent jobs took. No I/O.
 
 A job's *raw* estimate divides the work ahead over the model's slots; work is predicted in seconds of a slot, from the
 tokens that jobs may take and the share of them that recent jobs took. How far raw estimates were off lately says how to

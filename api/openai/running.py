@@ -15,9 +15,11 @@ from uuid import UUID
 
 from starlette.requests import Request
 
+from api.model_queues import queue_headers
 from api.openai.job_headers import JobHeaders, read_job_headers
 from api.services import Services, caller_of
 from dialects.bodies import with_body_names
+from dialects.native import QueueView
 from dialects.openai import PRIORITY_BY_SERVICE_TIER, spelling_of_params
 from domain.errors import CeleriacError, JobNotFound, NoWorkers, StorageUnavailable
 from domain.jobs import Endpoint, JobStatus, external_id
@@ -89,6 +91,7 @@ class Run:
     is_retry_attached: bool = False  # matched to a retry without a key
     cache: CacheOutcome | None = None
     record: JobRecord | None = None  # of a hit
+    queue: QueueView | None = None  # at its acceptance, if that was now
 
     @property
     def headers(self) -> dict[str, str]:
@@ -99,7 +102,7 @@ class Run:
             headers["x-retry-attached"] = "true"
         if self.cache is not None:
             headers[CACHE_HEADER] = self.cache
-        return headers
+        return headers | queue_headers(self.queue)
 
     def note_delivered(self) -> None:
         """The client has received the complete answer."""
@@ -311,7 +314,9 @@ async def _submit(
     submitted = await services.submitter.commit(new_job, options, accept)
     if not submitted.is_new:
         return replace(await _found(services, tenant_id, submitted.job_id, started), is_replayed=True)
+    queue = None
     if submitted.record is None:  # it waits
+        queue = services.monitor.joining(submitted.new_job)
         services.monitor.accepted(submitted.new_job)
     return Run(
         services=services,
@@ -325,6 +330,7 @@ async def _submit(
         num_prompt_tokens=len(submitted.new_job.prompt_token_ids),
         cache=submitted.cache,
         record=submitted.record,
+        queue=queue,
     )
 
 

@@ -1,10 +1,17 @@
 """Estimates of when jobs start and end."""
 
 import random
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import cast
 from uuid import UUID
 
 import pytest
 
+from api.model_queues import UNKNOWN_PLACE
+from api.openai.running import Run
+from api.services import Services
+from dialects.native import QueueView
 from domain.eta import (
     FLOOR_SECONDS,
     UNKNOWN_ERRORS,
@@ -90,3 +97,23 @@ def test_before_any_job_has_ended_the_workers_rate_counts() -> None:
     assert estimate(Load(3, 0, 60), 20, Slots(2, 2, 40, 0), pace).raw_start_seconds == pytest.approx(
         (60 + 40 - 5) * 0.1 / 2
     )
+
+
+def test_the_answer_of_every_route_has_the_place_of_its_new_job_in_headers() -> None:
+    place: QueueView = {**UNKNOWN_PLACE, "position": 3, "eta_seconds": 1.25, "end_eta_p90_seconds": 90.0}
+    run = Run(
+        services=cast(Services, None),
+        tenant_id=UUID(int=1),
+        job_id=UUID(int=2),
+        model_name="m",
+        model_revision="r",
+        priority=0,
+        created_at=datetime.now(UTC),
+        started=0.0,
+        num_prompt_tokens=1,
+        queue=place,
+    )
+    told = {name: value for name, value in run.headers.items() if name.startswith("x-queue-")}
+    assert told == {"x-queue-position": "3", "x-queue-eta-ms": "1250", "x-queue-end-eta-p90-ms": "90000"}
+    for nothing in (None, UNKNOWN_PLACE):
+        assert "x-queue-position" not in replace(run, queue=nothing).headers
