@@ -98,8 +98,6 @@ BODY_BY_PATH: dict[str, dict[str, object]] = {
     "/v1/messages": MESSAGES | {"max_tokens": 8},
     "/generate": {"prompt": "a"},
     "/generate_stream": {"prompt": "a"},
-    "/chat": {"prompt": "a"},
-    "/api/v1/infer": {"prompt": "a"},
 }
 
 
