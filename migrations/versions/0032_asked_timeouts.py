@@ -2,8 +2,8 @@
 
 from alembic import op
 
-revision = "0031"
-down_revision = "0030"
+revision = "0032"
+down_revision = "0031"
 
 UPGRADE = """
 ALTER TABLE jobs ADD COLUMN asked_deadline_at timestamptz;
