@@ -11,8 +11,8 @@ from domain.catalog import Catalog
 from domain.eta import Estimate, FairOrder, Load, Pace, Slots, TenantQueue, estimate, pace_by_rate
 from domain.jobs import LiveWorker, ModelService, WaitingFor, WaitingJob, WorkerState, waiting_for
 from settings import Settings
-from storage import batch_lines, job_queries, paces, workers
-from storage.job_queries import QueueFigures, QueuePosition, WaitingGroup
+from storage import batch_lines, job_queues, paces, workers
+from storage.job_queues import QueueFigures, QueuePosition, WaitingGroup
 from storage.paces import MAX_COUNTED, OwnAhead, Standing
 from tasks.dispatch import batch_share
 
@@ -160,7 +160,7 @@ class ModelQueue:
 
 def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[str, ModelQueue]:
     """The queue of every model in the catalog, by model id."""
-    figures = job_queries.queue_figures(session)
+    figures = job_queues.queue_figures(session)
     live = workers.list_live(session)
     unloaded = workers.unloaded_models(session)
     standings = paces.standings(session)
@@ -170,7 +170,7 @@ def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[
         alive = [worker for worker in live if worker.model == spec.id]
         own = [worker for worker in alive if worker.state is WorkerState.READY]
         coming = [] if own else [worker for worker in alive if worker.state in WILL_LOAD]
-        queue = figures.get(spec.id, job_queries.QueueFigures())
+        queue = figures.get(spec.id, job_queues.QueueFigures())
         num_slots = sum(worker.max_num_seqs for worker in own)
         has_held_lines = any(group.job.is_held_line for group in queue.waiting)
         service = ModelService(

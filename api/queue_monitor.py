@@ -31,10 +31,10 @@ from metrics import (
 )
 from observability import describe_exception
 from settings import Settings
-from storage import job_queries, maintenance, paces, webhook_deliveries, workers
+from storage import job_queues, maintenance, paces, webhook_deliveries, workers
 from storage.database import repeatable, within
 from storage.job_accept import NewJob
-from storage.job_queries import QueuePosition
+from storage.job_queues import QueuePosition
 from storage.maintenance import RecentJobs, recent_jobs
 from storage.tables import Job, WorkerDrain
 
@@ -214,7 +214,7 @@ class QueueMonitor:
         queue = self.queues.get(job.model)
         if queue is None:
             return UNKNOWN_PLACE
-        reason = waiting_for(job_queries.waiting_job(job, datetime.now(UTC)), queue.service)
+        reason = waiting_for(job_queues.waiting_job(job, datetime.now(UTC)), queue.service)
         return {**UNKNOWN_PLACE, "waiting_for": reason}
 
     async def position(self, job_id: UUID, model: str) -> QueueView | None:
@@ -243,7 +243,7 @@ class QueueMonitor:
             self._asked, self._asked_in_long = {}, {}
             started = time.monotonic()
             try:
-                asking = repeatable(self._sessions, job_queries.positions, list(short))
+                asking = repeatable(self._sessions, job_queues.positions, list(short))
                 positions = await within(ANSWER_SECONDS, asking)
                 if long:
                     counting = repeatable(self._sessions, paces.own_ahead, list(long))

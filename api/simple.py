@@ -23,8 +23,9 @@ from dialects.aliases import MAX_TOKENS, SAMPLING
 from dialects.openai import SamplingBody, Strings, build, spelling_of_params, strings
 from dialects.openai_views import View
 from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
+from domain.job_options import JobOptions
 from domain.jobs import Endpoint, external_id
-from domain.requests import GenerationRequest, GenerationResult, JobOptions, TokenChunk
+from domain.requests import GenerationRequest, GenerationResult, TokenChunk
 from storage import job_queries
 from storage.job_queries import JobRecord
 from tasks.prepare import resolve_params

@@ -13,8 +13,9 @@ from pydantic import AwareDatetime, Field, StringConstraints, TypeAdapter, model
 from dialects.errors import JobErrorView, job_error_view
 from dialects.openai_views import REFERENCE, PageView, Timestamp, View, optional_timestamp, timestamp
 from domain.callbacks import CeleryCallback
+from domain.job_options import JobOptions
 from domain.jobs import FinishReason, Frozen, JobKind, JobStatus, WaitingFor, external_id
-from domain.requests import EmbeddingRequest, EmbeddingResult, GenerationRequest, JobOptions, JobOutput, JobRequest
+from domain.requests import EmbeddingRequest, EmbeddingResult, GenerationRequest, JobOutput, JobRequest
 from domain.webhooks import MAX_URL_BYTES
 from storage.job_accept import NewJob
 from storage.job_queries import JobRecord

@@ -29,9 +29,10 @@ from dialects.bodies import UNSUPPORTED, invalid_request
 from dialects.fields import FOREIGN_TOOLS, is_foreign_tool, note_ignored
 from dialects.native import MetadataKey, MetadataValue, TimeoutSeconds
 from domain.errors import InvalidRequest, UnsupportedParameter
+from domain.job_options import Timeouts
 from domain.jobs import FinishReason, FirstErrorModel
 from domain.json_schemas import gather
-from domain.requests import MAX_STOP_STRINGS, Effort, SamplingParams, Timeouts
+from domain.requests import MAX_STOP_STRINGS, Effort, SamplingParams
 from domain.strict_schemas import closed, enforceable
 from domain.structured_output import (
     MAX_CALLS_BYTES,

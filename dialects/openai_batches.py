@@ -40,8 +40,9 @@ from domain.errors import (
     StreamingUnsupported,
     UnsupportedParameter,
 )
+from domain.job_options import Timeouts
 from domain.jobs import LineRefusal
-from domain.requests import EmbeddingRequest, GenerationRequest, JobRequest, Timeouts
+from domain.requests import EmbeddingRequest, GenerationRequest, JobRequest
 from storage.job_queries import JobRecord
 from text.models import ModelView, ModelViews
 from text.parsers import parser_of

@@ -35,13 +35,7 @@ from dialects.openai_views import (
 )
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.jobs import Usage
-from domain.requests import (
-    MAX_PROMPT_TOKENS,
-    GenerationRequest,
-    GenerationResult,
-    TokenChunk,
-    TokenLogprob,
-)
+from domain.requests import MAX_PROMPT_TOKENS, GenerationRequest, GenerationResult, TokenChunk, TokenLogprob
 from storage.job_queries import JobRecord
 from text.models import ModelView
 from text.tokenizers import TokenPiece, as_text

@@ -23,8 +23,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from dialects import openai_batches
 from dialects.openai_batches import LineRequest, refusal_of
 from domain.errors import CeleriacError, Overloaded
+from domain.job_options import JobOptions, Timeouts
 from domain.jobs import BATCH_PRIORITY, BatchError, BatchStatus, LineOutcome, LineRefusal, external_id
-from domain.requests import JobOptions, Timeouts
 from domain.shares import current_tenant
 from maintenance.batch_validation import BatchValidation
 from observability import describe_exception, key_id_context

@@ -15,6 +15,7 @@ from sqlalchemy import Select, case, delete, func, select, text, update
 from sqlalchemy.orm import Session
 
 from domain.errors import FileNotFound, TooManyQueuedJobs
+from domain.job_options import NO_TIMEOUTS, Timeouts
 from domain.jobs import (
     PIECE_BYTES,
     TERMINAL_BATCH_STATUSES,
@@ -25,7 +26,6 @@ from domain.jobs import (
     external_id,
     new_id,
 )
-from domain.requests import NO_TIMEOUTS, Timeouts
 from storage import files
 from storage.files import UNFINISHED, Batch, BatchLine, File
 from storage.webhooks import write_batch_deliveries

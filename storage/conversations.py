@@ -19,8 +19,8 @@ from sqlalchemy import BigInteger, ForeignKey, Index, UniqueConstraint, delete, 
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from domain.errors import ConversationLocked, ConversationNotFound, InsufficientQuota, InvalidRequest
+from domain.job_options import ConversationTurn
 from domain.jobs import JobStatus, external_id, new_id
-from domain.requests import ConversationTurn
 from storage.job_accept import Accepted, AcceptOutcome, NewJob, accept
 from storage.tables import Job, Row
 

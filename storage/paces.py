@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from domain.eta import FLOOR_SECONDS, MIN_SAMPLES, QUANTILES, Load, Pace, Quantiles
 from domain.jobs import WaitingJob
-from storage.job_queries import TOKENS_LEFT, WAITING_JOB, read_waiting_job
+from storage.job_queues import TOKENS_LEFT, WAITING_JOB, read_waiting_job
 from storage.job_statements import CHARGE, CLOCK, RANK
 
 NUM_NEWEST = 128  # records of a model; further back, the load was another

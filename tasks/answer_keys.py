@@ -4,7 +4,8 @@ import hashlib
 
 import orjson
 
-from domain.requests import GenerationRequest, JobOptions, JobRequest
+from domain.job_options import JobOptions
+from domain.requests import GenerationRequest, JobRequest
 from settings import Settings
 from tasks.prepare import PreparedRequest
 from text.models import ModelView

@@ -27,17 +27,10 @@ from domain.errors import (
     UnsupportedParameter,
 )
 from domain.eta import Estimate
+from domain.job_options import JobOptions, deadline_of, refuse_impossible_deadline
 from domain.jobs import JobStatus, Lane, external_id, new_id
 from domain.limits import ClientCall, is_limited_context, note_standing
-from domain.requests import (
-    EmbeddingRequest,
-    GenerationRequest,
-    JobOptions,
-    JobRequest,
-    SamplingParams,
-    deadline_of,
-    refuse_impossible_deadline,
-)
+from domain.requests import EmbeddingRequest, GenerationRequest, JobRequest, SamplingParams
 from domain.webhooks import BadWebhookUrl
 from metrics import labelled, response_cache_total
 from observability import key_id_context, note_submitted, request_id_context, traceparent_context

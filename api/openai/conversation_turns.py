@@ -16,8 +16,8 @@ from api.services import Services
 from dialects.openai_conversations import context_of, items_of_turn, readable
 from dialects.openai_response_requests import ResponseBody
 from domain.errors import CeleriacError, ConversationNotFound
+from domain.job_options import ConversationTurn
 from domain.jobs import parse_id_of_other
-from domain.requests import ConversationTurn
 from storage import conversations, job_queries, tenants
 from storage.conversations import ConversationRecord
 from storage.job_accept import Accepted, NewJob

@@ -10,7 +10,7 @@ from starlette.datastructures import Headers
 from api.inputs import parse_idempotency_key
 from dialects.native import WEEK_SECONDS
 from domain.errors import InvalidRequest
-from domain.requests import Timeouts
+from domain.job_options import Timeouts
 from domain.webhooks import MAX_URL_BYTES
 
 DEFAULT_READ_TIMEOUT_SECONDS = 600.0  # the default of the SDKs

@@ -43,8 +43,9 @@ from dialects.openai_response_requests import (
 )
 from dialects.openai_views import DeletedView, page
 from domain.errors import CeleriacError, InvalidRequest
+from domain.job_options import ConversationTurn
 from domain.jobs import Endpoint, JobStatus, external_id
-from domain.requests import ConversationTurn, GenerationRequest
+from domain.requests import GenerationRequest
 from storage import jobs, tenants
 from storage.job_queries import JobRecord
 

@@ -22,9 +22,10 @@ from dialects.bodies import with_body_names
 from dialects.native import QueueView
 from dialects.openai import PRIORITY_BY_SERVICE_TIER, spelling_of_params
 from domain.errors import CeleriacError, JobNotFound, NoWorkers, StorageUnavailable
+from domain.job_options import NO_TIMEOUTS, ConversationTurn, JobOptions, Timeouts
 from domain.jobs import Endpoint, JobStatus, external_id
 from domain.model_names import parse_model_name
-from domain.requests import NO_TIMEOUTS, ConversationTurn, JobOptions, JobRequest, Timeouts
+from domain.requests import JobRequest
 from domain.webhooks import TELLABLE_STATUSES
 from observability import job_id_context
 from storage import job_queries

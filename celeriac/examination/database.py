@@ -11,7 +11,7 @@ from sqlalchemy.pool import NullPool
 from celeriac.examination.results import CheckResult, clock_result, fail, ok, warn
 from domain.jobs import WorkerState
 from settings import Settings
-from storage import job_queries, maintenance, row_security, workers
+from storage import job_queues, maintenance, row_security, workers
 from storage.database import CONNECT_ARGS, MIGRATIONS, SharedSessions, database_url, refuse_shared_sessions
 from storage.tables import Worker
 
@@ -135,7 +135,7 @@ def _worker_results(session: Session, settings: Settings) -> Iterator[CheckResul
     """Per model that has jobs, workers, or is the default one."""
     live = workers.list_live(session)
     drained, unloaded = {drain.hostname for drain in workers.list_drains(session)}, workers.unloaded_models(session)
-    num_queued = {model: figures.num_queued for model, figures in job_queries.queue_figures(session).items()}
+    num_queued = {model: figures.num_queued for model, figures in job_queues.queue_figures(session).items()}
     default = settings.default_model
     if not live:
         yield fail("workers", "no worker is alive", "start one: celeriac worker")

@@ -15,8 +15,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from dialects import openai_batches
 from dialects.openai_batches import LineRequest
 from domain.access import Limits
+from domain.job_options import NO_TIMEOUTS, Timeouts
 from domain.jobs import PIECE_BYTES, BatchStatus, LineOutcome
-from domain.requests import NO_TIMEOUTS, Timeouts
 from maintenance.batches import BatchWork
 from metrics import jobs_submitted_total
 from settings import Settings

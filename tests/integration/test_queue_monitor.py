@@ -14,9 +14,9 @@ from api.queue_monitor import QueueMonitor
 from domain.catalog import Catalog, ModelSpec
 from domain.jobs import new_id
 from settings import Settings
-from storage import job_queries
+from storage import job_queues
 from storage.database import async_session_factory, open_statement_database
-from storage.job_queries import QueuePosition
+from storage.job_queues import QueuePosition
 from tests.waiting import slowness, wait_until_async
 
 pytestmark = pytest.mark.anyio
@@ -25,14 +25,14 @@ SPEC = ModelSpec(id="test-model", path="none", backend="fake", max_model_len=64)
 
 
 async def test_a_slow_answer_is_no_reason_to_ask_seldom(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    positions = job_queries.positions
+    positions = job_queues.positions
     seconds = iter((1.5, 0.0))
 
     def slow_positions(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, QueuePosition]:
         session.execute(text("SELECT pg_sleep(:seconds)"), {"seconds": next(seconds)})
         return positions(session, job_ids)
 
-    monkeypatch.setattr(job_queries, "positions", slow_positions)
+    monkeypatch.setattr(job_queues, "positions", slow_positions)
     database = open_statement_database(database_url)
     async with QueueMonitor(async_session_factory(database), Catalog([SPEC]), Settings()) as monitor:
         async with asyncio.timeout(5 * slowness()):  # four times the slow one would be six seconds
@@ -50,7 +50,7 @@ async def test_an_unexpected_error_ends_neither_the_figures_nor_the_positions(
     database = open_statement_database(database_url)
     with monkeypatch.context() as patch:
         patch.setattr(queue_monitor, "read_queues", broken)
-        patch.setattr(job_queries, "positions", broken)
+        patch.setattr(job_queues, "positions", broken)
         patch.setattr(queue_monitor, "REFRESH_SECONDS", 0.05)
         monitor = QueueMonitor(async_session_factory(database), Catalog([SPEC]), Settings())
         async with monitor:

@@ -13,7 +13,7 @@ from api.services import Services
 from domain.access import Limits
 from domain.jobs import JobError, JobStatus, external_id, parse_id
 from settings import Settings
-from storage import administration, answers, job_queries, tenants
+from storage import administration, answers, job_queues, tenants
 from storage.administration import TenantChanges
 from storage.job_accept import NewJob
 from storage.limits import OF_TENANT, LimitUse
@@ -184,7 +184,7 @@ def test_the_same_request_in_flight_is_run_once(
     leader, *followers = (ask(client).json()["id"] for _ in range(3))
     assert waiting(session_factory) == 1
     with session_factory() as session:
-        [load] = job_queries.queue_figures(session)["large"].loads.values()
+        [load] = job_queues.queue_figures(session)["large"].loads.values()
         assert load.num_jobs == 1, "followers are no work"
     run(hand_worker, leader, "Hello")
     with session_factory() as other, session_factory.begin() as session:

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from domain.eta import MIN_SAMPLES, Estimate, Load, Quantiles
 from domain.jobs import JobKind, new_id
-from storage import job_queries, paces
+from storage import job_queues, paces
 from storage.job_accept import AcceptOutcome, accept
 from storage.tables import DEFAULT_TENANT_ID, Job
 from storage.usage import UsageRecord
@@ -86,12 +86,12 @@ def test_what_is_ahead_of_a_job_is_counted_up_to_a_bound(session: Session, make_
     ahead = paces.own_ahead(session, [made[3].id, new_id()])
     assert list(ahead) == [made[3].id]
     own = ahead[made[3].id]
-    figures = job_queries.queue_figures(session)[made[3].model]
+    figures = job_queues.queue_figures(session)[made[3].model]
     cost, num_tokens = made[3].cost, made[3].cost - made[3].num_prompt_tokens
     assert own.load == Load(3, 3 * cost, 3 * num_tokens)
     assert (own.model, own.share, own.num_tokens) == (made[3].model, None, num_tokens)
     assert figures.loads == {made[3].tenant_id: Load(5, 5 * cost, 5 * num_tokens)}
-    assert job_queries.positions(session, [made[3].id])[made[3].id].tokens_ahead == own.load.num_tokens
+    assert job_queues.positions(session, [made[3].id])[made[3].id].tokens_ahead == own.load.num_tokens
 
 
 def test_a_hopeless_job_is_accepted_only_if_it_was_before(session: Session) -> None:

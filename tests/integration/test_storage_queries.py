@@ -9,8 +9,9 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus, WorkerState
-from storage import job_queries, jobs, tenants, workers
-from storage.job_queries import QueuePosition, StreamState
+from storage import job_queries, job_queues, jobs, tenants, workers
+from storage.job_queries import StreamState
+from storage.job_queues import QueuePosition
 from storage.jobs import ChunkCommit, Finalisation
 from storage.tables import DEFAULT_TENANT_ID, ApiKey, Worker
 from storage.workers import WorkerReport
@@ -109,7 +110,7 @@ class TestQueue:
             make_job(tenant_id=tenant.id, priority=number % 3 - 1, cost=10 + number)
         make_job(model="another")
         ids = [job.id for tenant in (light, heavy) for job in job_queries.list_jobs(session, tenant.id, limit=100)]
-        positions = job_queries.positions(session, ids)
+        positions = job_queues.positions(session, ids)
         claimed = jobs.claim(session, MODEL, limit=100, owner=uuid4(), model_revision="main", lease_seconds=60)
         order = [job.id for job in claimed]
         assert sorted(ids, key=lambda job_id: positions[job_id].num_ahead) == order
@@ -118,9 +119,9 @@ class TestQueue:
     def test_a_position_counts_the_tokens_ahead(self, session: Session, make_job: MakeJob) -> None:
         first, second = make_job(cost=100), make_job(cost=7)
         running = make_job(status=JobStatus.IN_PROGRESS)
-        assert job_queries.position(session, first.id) == QueuePosition(0, 0, num_tokens=97)
-        assert job_queries.position(session, second.id) == QueuePosition(1, 100, tokens_ahead=97, num_tokens=4)
-        assert job_queries.position(session, running.id) is None
+        assert job_queues.position(session, first.id) == QueuePosition(0, 0, num_tokens=97)
+        assert job_queues.position(session, second.id) == QueuePosition(1, 100, tokens_ahead=97, num_tokens=4)
+        assert job_queues.position(session, running.id) is None
 
     def test_figures_add_up_by_model(self, session: Session, make_job: MakeJob) -> None:
         make_job(cost=10, created_at=datetime.now(UTC) - timedelta(seconds=90))
@@ -128,7 +129,7 @@ class TestQueue:
         make_job(status=JobStatus.IN_PROGRESS, cost=50, num_committed_tokens=7)
         make_job(status=JobStatus.COMPLETED)
         make_job(status=JobStatus.IN_PROGRESS, model="another")
-        figures = job_queries.queue_figures(session)
+        figures = job_queues.queue_figures(session)
         assert set(figures) == {MODEL, "another"}
         here = figures[MODEL]
         assert (here.num_queued, here.num_running, here.queued_cost, here.running_cost) == (2, 1, 15, 40)

@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from domain.catalog import ModelSpec
-from domain.requests import GenerationRequest, JobOptions, SamplingParams
+from domain.job_options import JobOptions
+from domain.requests import GenerationRequest, SamplingParams
 from settings import Settings
 from tasks.answer_keys import answer_key
 from tasks.prepare import prepare_generation

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from dialects.bodies import parse_model
 from domain.errors import InvalidRequest
-from domain.requests import GenerationRequest, JobOptions, SamplingParams
+from domain.job_options import JobOptions
+from domain.requests import GenerationRequest, SamplingParams
 from domain.structured_output import StructuredOutput
 from tasks.submit import request_hash
 

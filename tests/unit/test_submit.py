@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from domain.catalog import ModelSpec
 from domain.errors import ContextLengthExceeded, InvalidRequest, ServerOverloaded
-from domain.requests import ChatMessage, GenerationRequest, JobOptions, SamplingParams
+from domain.job_options import JobOptions
+from domain.requests import ChatMessage, GenerationRequest, SamplingParams
 from tasks import prepare
 from tasks.prepare import DEFAULT_MAX_TOKENS, TokenizingPool, resolve_params
 from tasks.submit import request_hash

@@ -13,7 +13,8 @@ from dialects.openai_chat import ChatCompletionBody
 from dialects.openai_response_requests import ResponseBody
 from domain.catalog import ModelSpec
 from domain.errors import UnsupportedParameter
-from domain.requests import GenerationRequest, JobOptions
+from domain.job_options import JobOptions
+from domain.requests import GenerationRequest
 from tasks.submit import request_hash
 from text.model_files import GenerationDefaults
 from text.models import ModelView

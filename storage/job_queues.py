@@ -1,0 +1,178 @@
+"""The queues of all models: what waits and runs in each, and where single jobs stand."""
+
+# ruff: noqa: S608  (only constants of the storage are inserted into the text; values are bound)
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Row, text
+from sqlalchemy.orm import Session
+
+from domain.eta import Load
+from domain.jobs import MIN_PRIORITY, Lane, WaitingJob
+from storage.job_statements import BEGUN, CHARGE, CLOCK, LIFTED, RANK, STANDING, lead
+from storage.tables import Job
+
+# The reason why a queued job waits depends on these columns and on the live workers.
+WAITING_JOB = f"""j.lane, CASE WHEN {BEGUN} THEN j.model_revision END AS revision,
+    j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0 AS is_held_line,
+    j.available_at > {CLOCK} AS is_delayed, j.paused_at IS NOT NULL AS is_paused"""
+
+
+# The output tokens that a job may still take.
+TOKENS_LEFT = "greatest(0, j.cost - j.num_prompt_tokens - j.num_committed_tokens)"
+
+
+# A job that follows another one is queued, but it is no work: it will get the other's output.
+WAITING_GROUPS = text(f"""
+SELECT j.model, {WAITING_JOB}, j.tenant_id, count(*)::int AS num_jobs,
+    count(*) FILTER (WHERE f.job_id IS NULL)::int AS num_to_run,
+    coalesce(sum({CHARGE}) FILTER (WHERE f.job_id IS NULL), 0)::bigint AS cost,
+    coalesce(sum({TOKENS_LEFT}) FILTER (WHERE f.job_id IS NULL), 0)::bigint AS num_tokens,
+    extract(epoch FROM {CLOCK} - min(j.created_at))::float8 AS oldest_seconds
+FROM jobs j LEFT JOIN job_followers f ON f.job_id = j.id WHERE j.status = 'queued' GROUP BY 1, 2, 3, 4, 5, 6, 7
+""")
+
+
+RUNNING_FIGURES = text("""
+SELECT model, count(*)::int AS num_jobs,
+    sum(greatest(0, cost - num_prompt_tokens - num_committed_tokens))::bigint AS cost,
+    sum(cost - num_prompt_tokens)::bigint AS allowed, sum(num_committed_tokens)::bigint AS committed
+FROM jobs WHERE status = 'in_progress' GROUP BY model
+""")
+
+
+POSITIONS = text(f"""
+WITH timed AS (
+    SELECT j.id, j.model, j.tenant_id, {RANK} AS rank, {CHARGE} AS cost, {TOKENS_LEFT} AS num_tokens,
+        {STANDING} AS standing, l.num_running,
+        l.virtual_time + (sum({CHARGE}) OVER (PARTITION BY j.model, j.tenant_id ORDER BY {RANK}, j.id)
+            - {CHARGE} - {lead("j", "t")}) / t.weight AS fair_time
+    FROM jobs j JOIN tenant_load l USING (tenant_id) JOIN tenants t ON t.id = j.tenant_id
+    WHERE j.status = 'queued' AND j.model IN (SELECT model FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
+),
+lifted AS (SELECT id, model, rank, cost, num_tokens, standing, num_running, {LIFTED} AS fair_time FROM timed),
+ranked AS (
+    SELECT id, row_number() OVER ahead - 1 AS num_ahead, sum(cost) OVER ahead - cost AS cost_ahead,
+        sum(num_tokens) OVER ahead - num_tokens AS tokens_ahead, num_tokens FROM lifted
+    WINDOW ahead AS (PARTITION BY model ORDER BY standing DESC, fair_time, num_running, rank, id
+        ROWS UNBOUNDED PRECEDING)
+)
+SELECT j.id, r.num_ahead, r.cost_ahead, r.tokens_ahead, r.num_tokens, {WAITING_JOB} FROM ranked r JOIN jobs j USING (id)
+WHERE r.id = ANY(CAST(:ids AS uuid[]))
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingGroup:
+    """Queued jobs of one model that wait for the same thing."""
+
+    job: WaitingJob
+    num_jobs: int
+    cost: int  # tokens of their prompts plus the most that they may generate
+    oldest_seconds: float  # time since the oldest of them was accepted
+
+
+@dataclass(frozen=True, slots=True)
+class QueueFigures:
+    """The work queued and running for one model."""
+
+    waiting: Sequence[WaitingGroup] = ()
+    num_running: int = 0
+    running_cost: int = 0  # tokens that running jobs may still generate
+    allowed_tokens: int = 0  # that running jobs may generate in all
+    committed_tokens: int = 0  # of these
+    loads: Mapping[UUID, Load] = field(default_factory=dict)  # by tenant, what is queued, without batch lines that wait
+
+    @property
+    def num_queued(self) -> int:
+        return sum(group.num_jobs for group in self.waiting)
+
+    @property
+    def queued_cost(self) -> int:
+        return sum(group.cost for group in self.waiting)
+
+    @property
+    def oldest_queued_seconds(self) -> float:
+        """How long ago the oldest queued job was accepted; 0 if none is queued."""
+        return max((group.oldest_seconds for group in self.waiting), default=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class QueuePosition:
+    """How many queued jobs of the model come earlier in the current order, and how many tokens they may take."""
+
+    num_ahead: int
+    cost_ahead: int
+    job: WaitingJob = field(default_factory=WaitingJob)
+    tokens_ahead: int = 0  # of output
+    num_tokens: int = 0  # that the job itself may generate
+    is_estimate: bool = False  # the queue is too long to rank
+
+
+def queue_figures(session: Session) -> dict[str, QueueFigures]:
+    """Figures by model; models without unfinished jobs are left out. Reads every unfinished job, so call it at most
+    once a second."""
+    groups: dict[str, dict[WaitingJob, WaitingGroup]] = {}
+    loads: dict[str, dict[UUID, Load]] = {}
+    for row in session.execute(WAITING_GROUPS):
+        job, own = read_waiting_job(row), groups.setdefault(row.model, {})
+        group = own.get(job, WaitingGroup(job, 0, 0, 0.0))
+        oldest_seconds = max(group.oldest_seconds, row.oldest_seconds)
+        own[job] = WaitingGroup(job, group.num_jobs + row.num_jobs, group.cost + row.cost, oldest_seconds)
+        if row.num_to_run and not job.is_held_line:
+            by_tenant = loads.setdefault(row.model, {})
+            load = Load(row.num_to_run, row.cost, row.num_tokens)
+            by_tenant[row.tenant_id] = by_tenant.get(row.tenant_id, Load()).plus(load)
+    running = {row.model: row for row in session.execute(RUNNING_FIGURES)}
+    return {
+        model: _figures(list(groups.get(model, {}).values()), running.get(model), loads.get(model, {}))
+        for model in groups | running
+    }
+
+
+def _figures(waiting: Sequence[WaitingGroup], running: Row[Any] | None, loads: Mapping[UUID, Load]) -> QueueFigures:
+    if running is None:
+        return QueueFigures(waiting, loads=loads)
+    return QueueFigures(waiting, running.num_jobs, running.cost, running.allowed, running.committed, loads)
+
+
+def positions(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, QueuePosition]:
+    """The positions of queued jobs in the current order of claims; later jobs may still overtake.
+
+    Jobs that are not queued are left out. This ranks every queued job of their models (milliseconds per thousand), so
+    ask for many jobs at once, and at most once a second.
+    """
+    if not job_ids:
+        return {}
+    rows = session.execute(POSITIONS, {"ids": list(job_ids)})
+    return {
+        row.id: QueuePosition(row.num_ahead, row.cost_ahead, read_waiting_job(row), row.tokens_ahead, row.num_tokens)
+        for row in rows
+    }
+
+
+def waiting_job(job: Job, now: datetime) -> WaitingJob:
+    """The facts in a queued job's row about why it waits."""
+    has_output = job.committed_sequence_number > job.reset_sequence_number
+    is_line = job.lane is Lane.STANDARD and job.priority < MIN_PRIORITY
+    return WaitingJob(
+        job.lane,
+        job.model_revision if has_output else None,
+        is_held_line=is_line and job.num_dispatches == 0,
+        is_delayed=job.available_at > now,
+        is_paused=job.paused_at is not None,
+    )
+
+
+def read_waiting_job(row: Row[Any]) -> WaitingJob:
+    """Of a row that has WAITING_JOB."""
+    return WaitingJob(Lane(row.lane), row.revision, row.is_held_line, row.is_delayed, row.is_paused)
+
+
+def position(session: Session, job_id: UUID) -> QueuePosition | None:
+    """Like `positions`, for one job."""
+    return positions(session, [job_id]).get(job_id)
