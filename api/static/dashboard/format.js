@@ -62,8 +62,8 @@ export const WAITING = {
 };
 
 export const WAITING_SHORT = {
-  slots: "free slot",
-  turn: "next turn",
+  slots: "for a slot",
+  turn: "for a turn",
   worker: "no worker",
   model_load: "model loads",
   revision: "revision gone",
