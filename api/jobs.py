@@ -47,6 +47,7 @@ from dialects.native import (
     JobBody,
     JobListView,
     JobOutputView,
+    JobVectorsView,
     JobView,
     OutputView,
     attempts_view,
@@ -199,7 +200,7 @@ async def stream_job(job_id: str, request: Request) -> Response:
 @router.get(
     "/v1/jobs/{job_id}/output",
     response_class=Response,
-    responses={200: {"model": JobOutputView, **TEXT}},
+    responses={200: {"model": JobOutputView | JobVectorsView, **TEXT}},
     openapi_extra={"parameters": query_parameters(OutputQuery)},
 )
 async def read_output(job_id: str, request: Request) -> Response:

@@ -271,6 +271,18 @@ class JobOutputView(OutputView):
     status: JobStatus
 
 
+class JobVectorsView(View):
+    """The same of an embedding job, which has no vectors before its end."""
+
+    id: str
+    object: Literal["job.output"]
+    status: JobStatus
+    embeddings: NotRequired[
+        Annotated[list[str], Field(description="One per input, in order: little-endian float32 numbers in base64.")]
+    ]
+    dimensions: NotRequired[int]
+
+
 class DeadLetterListView(PageView):
     data: list[JobView]
 

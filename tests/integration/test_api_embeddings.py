@@ -4,6 +4,7 @@ import base64
 from typing import Any
 
 import httpx
+import jsonschema
 import numpy as np
 import pytest
 from pydantic import TypeAdapter
@@ -77,10 +78,13 @@ def test_a_job_is_followed_to_its_vectors(rig: Rig) -> None:
         job = TypeAdapter(JobView).validate_json(client.get(f"/v1/jobs/{job_id}?wait=30").content)
         events = client.get(f"/v1/jobs/{job_id}/events").text
         output = client.get(f"/v1/jobs/{job_id}/output").json()
+        document = client.get("/openapi.json").json()
     shown: Any = job["output"]
     vectors = [np.frombuffer(base64.b64decode(vector), "<f4") for vector in shown["embeddings"]]
     assert [len(vector) for vector in vectors] == [8, 8]
     assert "output.delta" not in events
     assert events.count("event: job.completed") == 1
     assert output["embeddings"] == shown["embeddings"]
+    declared = document["paths"]["/v1/jobs/{job_id}/output"]["get"]["responses"]["200"]["content"]["application/json"]
+    jsonschema.validate(output, declared["schema"] | {"components": document["components"]})
     assert (output["dimensions"], job["finish_reason"]) == (8, None)
