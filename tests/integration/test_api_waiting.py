@@ -98,6 +98,8 @@ BODY_BY_PATH: dict[str, dict[str, object]] = {
     "/v1/messages": MESSAGES | {"max_tokens": 8},
     "/generate": {"prompt": "a"},
     "/generate_stream": {"prompt": "a"},
+    "/chat": {"prompt": "a", "model": "large"},
+    "/api/v1/infer": {"prompt": "a", "model": "large"},
 }
 
 
