@@ -63,7 +63,7 @@ def _refusal(row: Row[Any] | None, call: ClientCall | None, max_queued_jobs: int
     bound, num_jobs = row.max_queued, 1 if call is None else call.num_jobs
     if bound is None:
         name, whose, bound = "CELERIAC_MAX_QUEUED_JOBS", "", max_queued_jobs
-    if num_jobs > bound:
+    if num_jobs > max(1, bound):  # a bound of 0 is a door that an administrator has closed for now
         return never_fits(call, name, num_jobs, bound, what="jobs", whose=whose)
     missing = max(1, row.num_queued + num_jobs - bound)
     return TooManyQueuedJobs(
