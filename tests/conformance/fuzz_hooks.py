@@ -12,6 +12,8 @@ from schemathesis.generation.meta import TestPhase
 MODEL = "test-model"
 LENGTHS = ("max_tokens", "min_tokens", "max_completion_tokens", "max_output_tokens")
 MAX_LENGTH = 16  # tokens; the model holds 64, the prompt with them
+TIMEOUTS = ("start_timeout", "run_timeout")
+MIN_SECONDS = 1.0  # there is no maintenance here, which would end a job that nobody has claimed in time
 IDS: dict[str, str] = json.loads(os.environ["FUZZ_IDS"])  # of what there is, by the name of its path parameter
 INPUTS_BY_PATH = {
     "/v1/jobs": ("prompt", "messages", "prompt_token_ids"),
@@ -24,6 +26,8 @@ INPUTS_BY_PATH = {
 def before_call(context: schemathesis.HookContext, case: Any, **kwargs: Any) -> None:
     if case.meta is None:
         return
+    if isinstance(case.body, dict):
+        give_time(case.body)
     if case.meta.generation.mode is not GenerationMode.POSITIVE:
         case.body = without_nulls(case.body)
         return
@@ -42,6 +46,13 @@ def without_nulls(part: Any) -> Any:
     if isinstance(part, list):
         return [without_nulls(inner) for inner in part]
     return [{"no": "null"}] if part is None else part
+
+
+def give_time(body: dict[str, Any]) -> None:
+    for name in TIMEOUTS:
+        seconds = body.get(name)
+        if isinstance(seconds, int | float) and not isinstance(seconds, bool) and 0 < seconds < MIN_SECONDS:
+            body[name] = MIN_SECONDS
 
 
 def make_sense(body: dict[str, Any], inputs: tuple[str, ...]) -> None:
