@@ -160,7 +160,7 @@ async def health(request: Request, response: Response) -> HealthView:
     services = services_of(request)
     database, redis = await asyncio.gather(_check_database(services), _check_redis(services))
     if database == "ok":
-        await services.monitor.refresh()
+        await services.monitor.refresh(max_age_seconds=STALE_SECONDS)  # such as right after the start
     queues = services.monitor.queues.values()
     num_workers = sum(queue.num_workers for queue in queues)
     findings = services.monitor.findings
@@ -215,7 +215,7 @@ def _reasons(
         reasons.append(f"maintenance is silent ({', '.join(silent)}): start celeriac maintenance, or see its log")
     for finding in findings:
         if finding.reason not in IN_GOOD_ORDER:
-            reasons.append(f"{finding.model}: {finding.num_jobs} jobs have been waiting for {finding.reason.value}")
+            reasons.append(f"jobs of {finding.model} have been waiting for {finding.reason.value}: {_advice(finding)}")
     reasons += [f"model {model} is unavailable: /v1/models says why" for model in services.catalog.unavailable]
     return reasons
 
@@ -233,8 +233,12 @@ def _finding_view(finding: Finding) -> FindingView:
         waiting_for=finding.reason,
         jobs=finding.num_jobs,
         seconds=finding.seconds,
-        message=ADVICE[finding.reason].format(model=finding.model),
+        message=_advice(finding),
     )
+
+
+def _advice(finding: Finding) -> str:
+    return ADVICE[finding.reason].format(model=finding.model)
 
 
 def _metrics(recent: RecentJobs | None) -> MetricsView | None:

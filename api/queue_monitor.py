@@ -41,6 +41,7 @@ from storage.tables import Job, WorkerDrain
 log = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 1.0
+MAX_AGE_SECONDS = 0.25  # of figures that need not be read again
 MAX_PAUSE_SECONDS = 3.0  # between two reads
 ANSWER_SECONDS = 2.0  # after this a query is abandoned, and the next one uses another connection
 STALE_SECONDS = 2 * (ANSWER_SECONDS + MAX_PAUSE_SECONDS)  # older figures are not shown: two reads have failed
@@ -111,17 +112,17 @@ class QueueMonitor:
         """When each drained worker was drained, by its name; as fresh as `queues`."""
         return {drain.hostname: drain.since for drain in self._drains} if self.is_fresh else {}
 
-    async def read(self, *, max_age_seconds: float = 0.25) -> Mapping[str, ModelQueue]:
+    async def read(self, *, max_age_seconds: float = MAX_AGE_SECONDS) -> Mapping[str, ModelQueue]:
         """The queues, read again if they are older than `max_age_seconds`. Raises SQLAlchemyError or OSError."""
         async with self._reading:  # those that waited for the lock find fresh figures
             if time.monotonic() - self._read_at > max_age_seconds:
                 await within(ANSWER_SECONDS, self._read())
         return self._queues
 
-    async def refresh(self) -> None:
-        """Read the queues if their figures are stale, such as right after the start. What goes wrong is logged."""
+    async def refresh(self, *, max_age_seconds: float) -> None:
+        """As `read`; that the database does not answer is logged."""
         try:
-            await self.read(max_age_seconds=STALE_SECONDS)
+            await self.read(max_age_seconds=max_age_seconds)
         except (SQLAlchemyError, OSError) as exc:
             log.warning("could not read the queues", extra={"reason": describe_exception(exc)})
 
@@ -266,9 +267,7 @@ class QueueMonitor:
         while True:
             started = time.monotonic()
             try:
-                await self.read()
-            except (SQLAlchemyError, OSError) as exc:
-                log.warning("could not read the queues", extra={"reason": describe_exception(exc)})
+                await self.refresh(max_age_seconds=MAX_AGE_SECONDS)
             except Exception:  # an outermost loop: the next read may succeed
                 log.exception("could not read the queues")
             pause = (time.monotonic() - started) * (1 / MAX_SHARE - 1)  # it reads every job that is queued
