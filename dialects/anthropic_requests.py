@@ -15,17 +15,19 @@ from dialects.fields import note_ignored
 from dialects.native import MetadataValue
 from dialects.openai import (
     MAX_PARTS,
-    AskedTools,
     OpenAIModel,
     TimeoutFields,
     Unsupported,
-    answer_of,
     build,
     only,
-    output_of,
     refuse,
-    spelling_of_output,
     spelling_of_params,
+)
+from dialects.tools import (
+    AskedTools,
+    answer_of,
+    output_of,
+    spelling_of_output,
     tools_of,
 )
 from domain.errors import CeleriacError, InvalidRequest, UnsupportedParameter

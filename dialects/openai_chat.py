@@ -13,7 +13,6 @@ from dialects.aliases import MAX_TOKENS
 from dialects.bodies import with_body_names
 from dialects.openai import (
     FINISH_REASONS,
-    AskedTools,
     ForeignTool,
     GenerationBody,
     OpenAIModel,
@@ -23,16 +22,13 @@ from dialects.openai import (
     build,
     note_unread,
     only,
-    output_of,
     refuse_streamed_scores,
     refuse_unused_stream_options,
-    spelling_of_output,
     spelling_of_params,
     strings,
     tag_of_tool,
     tag_of_tool_choice,
     take_effort,
-    tools_of,
 )
 from dialects.openai_formats import ResponseFormat, places_of_answer, wanted_answer
 from dialects.openai_messages import Message, to_message
@@ -50,6 +46,12 @@ from dialects.openai_views import (
     count_reasoning_tokens,
     prompt_logprobs_view,
     usage_object,
+)
+from dialects.tools import (
+    AskedTools,
+    output_of,
+    spelling_of_output,
+    tools_of,
 )
 from domain.errors import InvalidRequest
 from domain.jobs import FinishReason

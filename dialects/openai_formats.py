@@ -4,7 +4,12 @@ from typing import Annotated, Any, Literal, Protocol
 
 from pydantic import Field
 
-from dialects.openai import OpenAIModel, answer_of
+from dialects.openai import (
+    OpenAIModel,
+)
+from dialects.tools import (
+    answer_of,
+)
 from domain.errors import InvalidRequest
 from domain.structured_output import StructuredOutput
 

@@ -9,23 +9,18 @@ from dialects.aliases import MAX_OUTPUT_TOKENS
 from dialects.bodies import with_body_names
 from dialects.fields import NOT_INCLUDED
 from dialects.openai import (
-    AskedTools,
     GenerationBody,
     OpenAIModel,
     Strings,
     Unsupported,
-    answer_of,
     build,
     note_unread,
     only,
-    output_of,
     publish_default_model,
     refuse_unused_stream_options,
-    spelling_of_output,
     spelling_of_params,
     strings,
     take_effort,
-    tools_of,
 )
 from dialects.openai_response_items import ItemId, ResponseInput, Text, messages_of
 from dialects.openai_response_tools import (
@@ -35,6 +30,13 @@ from dialects.openai_response_tools import (
     ResponseTool,
     ResponseToolChoice,
     mode_of,
+)
+from dialects.tools import (
+    AskedTools,
+    answer_of,
+    output_of,
+    spelling_of_output,
+    tools_of,
 )
 from domain.errors import InvalidRequest
 from domain.requests import NO_BOUND, Effort, GenerationRequest

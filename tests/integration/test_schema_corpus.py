@@ -7,7 +7,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from dialects.openai import callable_tool
+from dialects.tools import (
+    callable_tool,
+)
 from domain.structured_output import CallableTool, ToolCalls, ToolDefinition
 from gpu_worker.engine_process.frames import AddJob
 from tests.engine_driver import EOS_TOKEN_ID, Collected, make_add, make_engine, run

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 
-from dialects.openai import AskedTools, tools_of
 from dialects.openai_batches import read_line
+from dialects.tools import (
+    AskedTools,
+    tools_of,
+)
 from domain.catalog import Catalog, ModelSpec
 from domain.errors import UnsupportedParameter
 from domain.requests import GenerationRequest

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher
 
-from dialects.openai import callable_tool
+from dialects.tools import (
+    callable_tool,
+)
 from domain.catalog import ModelSpec
 from domain.structured_output import StructuredOutput, ToolCalls, ToolDefinition
 from settings import ROOT

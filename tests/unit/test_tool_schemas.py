@@ -10,7 +10,10 @@ import jsonschema
 import pytest
 from llguidance import LLTokenizer
 
-from dialects.openai import answer_of, callable_tool
+from dialects.tools import (
+    answer_of,
+    callable_tool,
+)
 from domain.catalog import ModelSpec
 from domain.errors import InvalidRequest
 from domain.json_schemas import FORMATS, TREATMENTS, Treatment
