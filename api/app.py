@@ -32,6 +32,7 @@ from api.openai import batches, compact, conversations, files, inference, respon
 from api.openai.files import FORM_BYTES
 from api.pages import add_pages
 from api.root_path import UnderRootPath
+from api.routes import Application
 from api.services import PrivateRoute, open_services
 from domain.access import Scope
 from domain.addresses import OriginPolicy, is_loopback
@@ -110,7 +111,7 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
             app.state.services = services
             yield
 
-    app = FastAPI(
+    app = Application(
         title="Celeriac",
         version="1",
         lifespan=lifespan,

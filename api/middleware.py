@@ -83,13 +83,14 @@ class OriginGuard:
         await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Response | None:
-        headers = Headers(scope=scope)
-        hosts = headers.getlist("host")
-        if len(hosts) != 1 and (hosts or scope["http_version"] != "1.0"):  # RFC 9112, section 3.2
-            return error_response(InvalidRequest(f"there are {len(hosts)} Host headers; send exactly one"))
-        if len(headers.getlist("origin")) > 1:
+        names = [name for name, _ in scope["headers"]]
+        num_hosts = names.count(b"host")
+        if num_hosts != 1 and (num_hosts or scope["http_version"] != "1.0"):  # RFC 9112, section 3.2
+            return error_response(InvalidRequest(f"there are {num_hosts} Host headers; send exactly one"))
+        if names.count(b"origin") > 1:
             return error_response(InvalidRequest("there are several Origin headers; send at most one"))
-        reason = self._policy.refusal(scope.get("method", "GET"), headers)  # a WebSocket begins as a GET
+        # A WebSocket begins as a GET.
+        reason = self._policy.refusal(scope.get("method", "GET"), Headers(scope=scope))
         return None if reason is None else error_response(PermissionDenied(reason))
 
 

@@ -12,7 +12,6 @@ from uuid import UUID
 
 import redis.asyncio
 from fastapi import APIRouter, Response
-from fastapi.routing import APIRoute
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from starlette.requests import HTTPConnection, Request
@@ -30,6 +29,7 @@ from api.limits import (
 from api.openapi import NEEDS_KEY, REFUSALS
 from api.pools import MAX_READS, MAX_WRITES, open_pools
 from api.queue_monitor import QueueMonitor
+from api.routes import DirectRoute, Handler
 from api.scopes import scope_of
 from dialects.native import QueueView
 from domain.access import Scope
@@ -336,7 +336,7 @@ def private_router(section: str) -> APIRouter:
     return APIRouter(route_class=PrivateRoute, responses=REFUSALS, tags=[section])
 
 
-class PrivateRoute(APIRoute):
+class PrivateRoute(DirectRoute):
     """Authenticates before anything else happens. Not a FastAPI dependency, as resolving one would cost more than all
     other work before the route function."""
 
@@ -346,7 +346,7 @@ class PrivateRoute(APIRoute):
         options["openapi_extra"] = NEEDS_KEY | (options.get("openapi_extra") or {})
         super().__init__(path, endpoint, **options)
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Handler:
         answer = super().get_route_handler()
 
         async def answer_authenticated(request: Request) -> Response:

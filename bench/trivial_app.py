@@ -1,10 +1,15 @@
-"""Servers that do nothing, behind the same uvicorn settings as the API: the ceilings of bench.accept."""
+"""Servers that do nothing, behind the same uvicorn settings as the API: the ceilings of bench.accept.
+
+`/bare` is answered by a bare ASGI application, `/fastapi` by FastAPI alone with nothing of ours, and `/v1/jobs` by our
+layers around a route that only reads its body.
+"""
 
 import logging
 
+from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api.app import create_app
 from api.connections import open_socket
@@ -25,17 +30,33 @@ async def answer_barely(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.body", "body": BODY})
 
 
-class Bare:
-    """Wraps the application, and answers /bare itself."""
+def fastapi_alone() -> FastAPI:
+    """One route and no layers but FastAPI's own."""
+    app = FastAPI()
 
-    def __init__(self, app: object) -> None:
+    @app.post("/fastapi")
+    async def answer_nothing(request: Request) -> Response:
+        await request.body()
+        return Response(BODY, 202, media_type="application/json")
+
+    return app
+
+
+class Ceilings:
+    """Wraps the application, and answers /bare and /fastapi without it."""
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._alone = fastapi_alone()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == "/bare":
+        path = scope.get("path")
+        if path == "/bare":
             await answer_barely(scope, receive, send)
+        elif path == "/fastapi":
+            await self._alone(scope, receive, send)
         else:
-            await self._app(scope, receive, send)  # type: ignore[operator]
+            await self._app(scope, receive, send)
 
 
 def main() -> None:
@@ -51,7 +72,7 @@ def main() -> None:
     app = create_app(get_settings(), Catalog([spec]))
     app.router.routes.clear()
     app.router.routes.extend(router.routes)
-    app.add_middleware(Bare)
+    app.add_middleware(Ceilings)
     collect_garbage_rarely()
     with open_socket("127.0.0.1", 0) as listening:
         logging.getLogger("bench").info("listening on http://127.0.0.1:%s", listening.getsockname()[1])

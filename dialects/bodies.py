@@ -92,6 +92,12 @@ def shapes_of(model: type[BaseModel]) -> dict[str, Shape]:
 
 
 @cache
+def _names_of(model: type[BaseModel]) -> frozenset[str]:
+    """Its fields, as bodies name them."""
+    return frozenset(info.alias or name for name, info in model.model_fields.items())
+
+
+@cache
 def _required_of(model: type[BaseModel]) -> frozenset[str]:
     return frozenset(info.alias or name for name, info in model.model_fields.items() if info.is_required())
 
@@ -154,7 +160,7 @@ def parse_model(
             f"{param or 'the body'} has {num_containers} lists and objects; send at most {MAX_CONTAINERS} in all",
             param=param,
         )
-    own_fields = frozenset(field.alias or name for name, field in model.model_fields.items())
+    own_fields = _names_of(model)
     spelling = take_aliases(value, getattr(model, "ALIASES", {}), own_fields)
     is_changed = bool(spelling)
     if is_changed:

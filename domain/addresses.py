@@ -13,6 +13,7 @@ import difflib
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import ip_address
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +21,8 @@ from typing import Self
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 NAVIGATION = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+
+MAX_REMEMBERED = 256  # host names that were parsed: all requests of a machine name the same few
 
 MAX_SHOWN = 80  # how many characters of a header value a refusal repeats
 
@@ -70,6 +73,7 @@ class OriginPolicy:
         return is_own or origin.lower() in self._origins
 
 
+@lru_cache(maxsize=MAX_REMEMBERED)
 def is_loopback(name: str) -> bool:
     """Whether a host name or address can only mean this machine; RFC 6761 reserves all of `.localhost` for it."""
     try:
@@ -78,6 +82,7 @@ def is_loopback(name: str) -> bool:
         return name == "localhost" or name.endswith(".localhost")
 
 
+@lru_cache(maxsize=MAX_REMEMBERED)
 def _name_of(host: str) -> str:
     """The host without its port, in lower case; empty, which matches nothing, if it cannot be parsed."""
     try:

@@ -63,10 +63,10 @@ class Load(NamedTuple):
     num_tokens: float = 0.0
 
     def plus(self, other: "Load") -> "Load":
-        return Load(*(a + b for a, b in zip(self, other, strict=True)))
+        return Load(self.num_jobs + other.num_jobs, self.cost + other.cost, self.num_tokens + other.num_tokens)
 
     def times(self, factor: float) -> "Load":
-        return Load(*(factor * value for value in self))
+        return Load(factor * self.num_jobs, factor * self.cost, factor * self.num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ byte that no other token covers (SentencePiece). With all other decoders, tokens
 """
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,10 @@ from typing import Any, NamedTuple, Protocol
 from tokenizers import AddedToken, Tokenizer
 
 from text.content_marks import ContentMarks, Rendered
+
+# We pass one text at a time. The tokenizer would hand it over to a thread of its own, and the event loop would stand
+# still until that thread has got a core and has finished.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
