@@ -28,7 +28,7 @@ from tests.waiting import slowness, wait_until
 
 pytestmark = pytest.mark.slow
 
-BEHIND, FRONT, TALK = "celeriac-mini", "front", "talk"
+BEHIND, FRONT, TALK, TALK_ONCE = "celeriac-mini", "front", "talk", "talk-once"
 NUM_JOBS, NUM_TOKENS = 3, 200
 NUM_EVENTS = 2  # that a stream passes on before it is held
 FINISH_SECONDS = 120.0
@@ -73,8 +73,17 @@ def running_chain() -> Iterator[Chain]:
             url = "{http.url}/v1"
             model = "{BEHIND}"
             mode = "chat"
+            [[models]]
+            id = "{TALK_ONCE}"
+            path = "{BEHIND}"
+            backend = "remote"
+            [models.remote]
+            url = "{http.url}/v1"
+            model = "{BEHIND}"
+            mode = "chat"
+            resume = "fail"
         """
-        workers = {"behind": BEHIND, "front": FRONT, "talk": TALK}
+        workers = {"behind": BEHIND, "front": FRONT, "talk": f"{TALK},{TALK_ONCE}"}
         settings = SETTINGS | {"flush_max_seconds": 0.1}
         plant = Plant(folder, models=models, worker_models=workers, settings=settings, start=start_prepared)
         plant.api_urls = apis
@@ -188,6 +197,34 @@ def test_an_interrupted_conversation_begins_anew_and_its_stream_says_so(chain: C
             assert job["attempt"] > 1
             events = http.get(f"/v1/jobs/{job_id}/events", headers={"last-event-id": "1"}).text
             assert events.count("event: job.reset") == 1
+
+
+@pytest.mark.parametrize(
+    ("path", "prompt", "limit", "piece", "end"),
+    [
+        ("/v1/chat/completions", "messages", "max_tokens", '"delta":{"content":"', 'data: {"error":'),
+        ("/v1/responses", "input", "max_output_tokens", '"delta":"', "event: response.failed"),
+        ("/v1/messages", "messages", "max_tokens", '"text_delta","text":"', "event: error"),
+    ],
+)
+def test_an_interrupted_conversation_that_may_not_begin_anew_fails_with_what_it_had(
+    chain: Chain, path: str, prompt: str, limit: str, piece: str, end: str
+) -> None:
+    """Its stream has the text that came and ends as failures end there; the native API has both, too."""
+    chain.proxy.cuts += [NUM_EVENTS]
+    num_posts = chain.proxy.num_posts
+    asked = {"model": TALK_ONCE, "stream": True, "temperature": 0, limit: 60, prompt: chat(TALK_ONCE)["messages"]}
+    with chain.http as http:
+        stream = http.post(path, json=asked).raise_for_status().text
+        (job,) = http.get("/v1/jobs", params={"model": TALK_ONCE}).json()["data"]
+        job = http.get(f"/v1/jobs/{job['id']}").json()
+    assert job["status"] == "failed"
+    assert job["error"]["code"] == "engine_error"
+    assert "was interrupted, and its server cannot continue it" in job["error"]["message"]
+    assert job["error"]["message"] in stream.partition(end)[2]
+    assert job["output"]["text"]
+    assert piece + job["output"]["text"].split()[0] in stream.partition(end)[0]
+    assert chain.proxy.num_posts == num_posts + 1, "it is asked once"
 
 
 def test_a_cancelled_job_leaves_its_server(chain: Chain) -> None:
