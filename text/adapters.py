@@ -26,7 +26,7 @@ _MAX_CONFIG_BYTES = 2**20
 _MAX_HEADER_BYTES = 2**24
 _MAX_ALPHA = 2**16
 
-_BACK_ENDS = frozenset({"transformers", "fake"})
+_BACK_ENDS = frozenset({"transformers", "vllm", "fake"})
 
 #: PEFT's options that change what an adapter computes; any other value than these is refused.
 _PLAIN_OPTIONS: Mapping[str, tuple[object, ...]] = {

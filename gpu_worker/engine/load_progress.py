@@ -3,8 +3,9 @@
 A process loads one model once, hence one listener for the process; no back end needs to pass it along.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from time import monotonic
+from typing import Protocol, TypeVar
 
 MIN_PAUSE_SECONDS = 0.25  # between two reports that are passed on
 
@@ -24,3 +25,20 @@ def report(share: float) -> None:
     if monotonic() - _told_at >= MIN_PAUSE_SECONDS:
         _told_at = monotonic()
         _listener(share)
+
+
+class Weight(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+W = TypeVar("W", bound=Weight)
+
+
+def reported(weights: Iterable[tuple[str, W]], num_bytes: int) -> Iterator[tuple[str, W]]:
+    """The weights with their names. Reports those that were taken before as a share of `num_bytes`, which is not 0."""
+    num_read = 0
+    for name, weight in weights:
+        report(min(1.0, num_read / num_bytes))
+        yield name, weight
+        num_read += weight.nbytes

@@ -142,7 +142,7 @@ def load_adapters(spec: ModelSpec, model: Any) -> Adapters:
 
 
 def _load(model: Any, files: AdapterFiles) -> dict[nn.Module, LowRank]:
-    modules = {name: _find(model, files, name, size) for name, size in files.size_by_module.items()}
+    modules = find_layers(model, files)
     pairs: dict[nn.Module, LowRank] = {}
     device = model.get_input_embeddings().weight.device
     with safe_open(files.weights, framework="pt") as tensors:
@@ -155,6 +155,11 @@ def _load(model: Any, files: AdapterFiles) -> dict[nn.Module, LowRank]:
                 down.t().to(device, dtype).contiguous(), (up.t().float() * files.scaling).to(device, dtype).contiguous()
             )
     return pairs
+
+
+def find_layers(model: Any, files: AdapterFiles) -> dict[str, nn.Linear | QuantisedLinear]:
+    """The layers that the adapter changes, by name. Raises ValueError for one that the model does not have so."""
+    return {name: _find(model, files, name, size) for name, size in files.size_by_module.items()}
 
 
 def _find(model: Any, files: AdapterFiles, name: str, size: LayerSize) -> nn.Linear | QuantisedLinear:

@@ -9,19 +9,41 @@ from typing import Any
 import msgspec
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from domain.catalog import ModelSpec
 from domain.errors import CeleriacError
 from gpu_worker.engine.backends import Backend, import_backend
 from gpu_worker.engine_process.frames import AddJob
 from tests import llama_cpp_model, vllm_model
-from tests.integration.test_engine_contract import NUM_SLOTS, SPECS, Transcript, hear, make_add, run, step
+from tests.integration.test_engine_contract import NUM_SLOTS, PROMPT, SPECS, Transcript, hear, make_add, run, step
+from tests.llama_cpp_model import MINI
+from tests.lora_files import merged, write_adapter
+
+
+@pytest.fixture(scope="module")
+def mini() -> Any:
+    return AutoModelForCausalLM.from_pretrained(MINI, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def adapters(mini: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    some = {"targets": ("q_proj", "down_proj"), "r": 8, "use_rslora": True}
+    return {
+        "warm": write_adapter(folder / "warm", mini, seed=1),
+        "cold": write_adapter(folder / "cold", mini, seed=2, **some),  # type: ignore[arg-type]
+    }
 
 
 @pytest.fixture(scope="module", params=["transformers", "llama_cpp", "vllm"])
-def spec(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
+def spec(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, adapters: dict[str, Path]
+) -> ModelSpec:
     if request.param in ("transformers", "vllm"):
-        return SPECS[request.param]
+        return SPECS[request.param].model_copy(
+            update={"adapters": {name: str(folder) for name, folder in adapters.items()}}
+        )
     llama_cpp_model.make_importable()
     folder: Path = llama_cpp_model.write_mini(tmp_path_factory.mktemp("gguf"))
     return SPECS[request.param].model_copy(update={"path": str(folder)})
@@ -149,3 +171,27 @@ def test_where_the_cache_is_too_small_for_all_some_wait_and_all_say_the_same(bac
         crowded = run(small, commands)
         assert small.stats().num_preemptions > 0
     assert crowded == run(backend, commands)
+
+
+def test_adapters_share_a_batch_and_each_text_is_that_of_a_merged_model(
+    backend: Backend, spec: ModelSpec, mini: Any, adapters: dict[str, Path]
+) -> None:
+    if not spec.adapters:
+        pytest.skip("this back end has no adapters")
+    greedy = {name: make_add(f"greedy {name}", adapter=name) for name in (None, *adapters)}
+    drawn = {name: make_add(f"drawn {name}", adapter=name, temperature=1.0) for name in (None, *adapters)}
+    together = run(backend, [*greedy.values(), *drawn.values()])
+    for name in (None, *adapters):
+        model = mini if name is None else merged(mini, adapters[name])
+        assert together[f"greedy {name}", 0].token_ids == most_likely(model, greedy[name].max_tokens)
+        for command in (greedy[name], drawn[name]):
+            assert run(backend, [command])[command.job_id, 0] == together[command.job_id, 0]
+    assert len({spoken.text for spoken in together.values()}) == len(together)
+
+
+@torch.inference_mode()
+def most_likely(model: Any, num_tokens: int) -> list[int]:
+    token_ids = list(PROMPT)
+    for _ in range(num_tokens):
+        token_ids.append(int(model(torch.tensor([token_ids])).logits[0, -1].argmax()))
+    return token_ids[len(PROMPT) :]

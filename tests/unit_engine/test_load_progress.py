@@ -30,3 +30,12 @@ def test_reports_that_follow_each_other_closely_are_not_passed_on(monkeypatch: p
     for percent in range(100):
         load_progress.report(percent / 100)
     assert shares == [0.0]
+
+
+def test_weights_that_a_back_end_reads_itself_are_told_by_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load_progress, "MIN_PAUSE_SECONDS", 0.0)
+    shares: list[float] = []
+    load_progress.listen(shares.append)
+    weights = [("embedding", torch.zeros(6, dtype=torch.int8)), ("head", torch.zeros(2, dtype=torch.int8))]
+    assert [name for name, _ in load_progress.reported(weights, 8)] == ["embedding", "head"]
+    assert shares == [0.0, 0.75]

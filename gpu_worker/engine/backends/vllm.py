@@ -34,7 +34,7 @@ class VllmBackend:
         self._tokenizer = tokenizer
         self._tokens = token_table_of(tokenizer)
         end_token_ids = read_end_token_ids(folder, tokenizer)
-        self._limits = ModelLimits(self._engine.vocab_size, spec.max_model_len, end_token_ids)
+        self._limits = ModelLimits(self._engine.vocab_size, spec.max_model_len, end_token_ids, self._engine.adapters)
         self._grammars = Grammars(tokenizer, self._limits.vocab_size, end_token_ids)
         self._jobs: dict[tuple[str, int], EngineJob] = {}
         self._ended: list[Sequence] = []  # ended since the last step: aborted, or complete when they were added

@@ -7,6 +7,7 @@ from typing import Any
 
 from domain.catalog import ModelSpec
 from domain.requests import MAX_ALTERNATIVES
+from text.adapters import MAX_RANK, read_adapters
 
 CPU_BLOCK_SIZE = (
     32  # the least that vLLM's attention on CPUs accepts; its default is 128, which are rarely shared whole
@@ -22,14 +23,21 @@ OWN_KEYS = {
     "max_num_batched_tokens": "max_num_batched_tokens",
     "num_gpu_blocks_override": "kv_cache_tokens",
     "trust_remote_code": "trust_remote_code",
+    "enable_lora": "adapters",
+    "max_lora_rank": "adapters",
+    "max_cpu_loras": "adapters",
 }
+
+LORA_RANKS = (8, 16, 32, 64, 128, MAX_RANK)  # for which vLLM can reserve memory
 
 
 def engine_arguments(spec: ModelSpec, known: Collection[str], *, is_cpu: bool) -> dict[str, Any]:
     """The arguments of vLLM's EngineArgs, whose fields are `known`. Raises ValueError, which names the key."""
-    ours = _fixed_arguments() | _general_arguments(spec, is_cpu=is_cpu)
+    ours = _fixed_arguments() | _general_arguments(spec, is_cpu=is_cpu) | _adapter_arguments(spec, is_cpu=is_cpu)
     refuse_bad_keys(spec.vllm, known, ours)
     defaults: dict[str, Any] = {"load_format": "safetensors"}
+    if spec.adapters:
+        defaults["max_loras"] = len(spec.adapters)  # in one batch
     if is_cpu:
         defaults["block_size"] = CPU_BLOCK_SIZE
     return defaults | dict(spec.vllm) | ours
@@ -77,4 +85,21 @@ def _general_arguments(spec: ModelSpec, *, is_cpu: bool) -> dict[str, Any]:
         "max_num_batched_tokens": spec.max_num_batched_tokens,
         "num_gpu_blocks_override": None,  # set once the size of a block is known
         "trust_remote_code": spec.trust_remote_code,
+    }
+
+
+def _adapter_arguments(spec: ModelSpec, *, is_cpu: bool) -> dict[str, Any]:
+    """All adapters stay in the host's memory, so that none is read from its files again while jobs run.
+
+    On a CPU, vLLM 0.32 adds the adapter in its last place to the rows that have none. That place stays empty here:
+    there is one more than there are adapters.
+    """
+    if not spec.adapters:
+        return {}
+    rank = max(files.rank for files in read_adapters(spec).values())
+    places: dict[str, Any] = {"max_loras": len(spec.adapters) + 1} if is_cpu else {}
+    return places | {
+        "enable_lora": True,
+        "max_lora_rank": next(room for room in LORA_RANKS if room >= rank),
+        "max_cpu_loras": len(spec.adapters) + 1,
     }

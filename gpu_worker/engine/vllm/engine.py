@@ -23,6 +23,7 @@ from gpu_worker.engine.runner import process_memory_bytes
 from gpu_worker.engine.sampling import Drawn
 from gpu_worker.engine.sequence import EngineJob, Sequence
 from gpu_worker.engine.vllm.arguments import engine_arguments
+from gpu_worker.engine.vllm.lora import load_adapters
 from gpu_worker.engine.vllm.processor import PLAN
 from gpu_worker.engine.vllm.rows import drawn_of, plan_of
 
@@ -53,6 +54,7 @@ class VllmEngine:
         config = arguments.create_engine_config()
         _size_cache(spec, config, is_cpu=self.device == "cpu")
         self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+        self._adapters = load_adapters(spec, self._engine)
         self._scheduler = self._engine.engine_core.engine_core.scheduler
         self._sequences: dict[str, Sequence] = {}  # by the id of their request
         self._names: dict[Sequence, str] = {}
@@ -82,6 +84,7 @@ class VllmEngine:
             tokens_input(list(sequence.token_ids), cache_salt=job.cache_salt or None),
             _params_of(sequence),
             arrival_time=float(self._num_added),  # among equal priorities, the lower one runs first
+            lora_request=None if job.adapter is None else self._adapters[job.adapter],
             priority=-job.priority,
         )
         self._names[sequence] = name
@@ -101,6 +104,11 @@ class VllmEngine:
         self._scheduler.on_schedule = lambda is_prompt_by_id: record(self._members(is_prompt_by_id))
         outputs = self._engine.step()
         return [self._answer(output) for output in outputs if output.request_id in self._sequences]
+
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Their names."""
+        return frozenset(self._adapters)
 
     @property
     def num_running(self) -> int:
