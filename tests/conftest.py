@@ -4,6 +4,7 @@ Each xdist worker has its own servers, so concurrent tests share nothing.
 """
 
 import gc
+import os
 import secrets
 import shutil
 import tempfile
@@ -26,7 +27,9 @@ from ulid import ULID
 
 from domain.jobs import JobStatus
 from domain.requests import GenerationRequest, JobRequest
+from local.engine_environments import environment_folder, is_installed, recipes
 from local.servers import EmbeddedPostgres, EmbeddedRedis
+from settings import Settings
 from storage import database as storage_database
 from storage.tables import DEFAULT_TENANT_ID, Job, JobPayload, Tenant, TenantLoad
 from tests.databases import Databases
@@ -65,8 +68,13 @@ def _one_authority(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Whoever pulled models into this checkout, or runs `celeriac up` in it, has the same tests as everybody else."""
+    """Whoever pulled models into this checkout, or runs `celeriac up` in it, has the same tests as everybody else.
+    The tests that are about an engine which is installed there find it by the variables that name environments."""
+    installed = Settings().data_dir.absolute()
     with pytest.MonkeyPatch.context() as patch:
+        for backend in recipes():
+            if f"{backend.upper()}_ENVIRONMENT" not in os.environ and is_installed(backend, installed):
+                patch.setenv(f"{backend.upper()}_ENVIRONMENT", str(environment_folder(installed, backend)))
         patch.setenv("CELERIAC_DATA_DIR", str(tmp_path_factory.mktemp("data")))
         yield
 

@@ -22,6 +22,7 @@ from gpu_worker.engine.host_memory import available_bytes
 from gpu_worker.engine.runner import process_memory_bytes
 from gpu_worker.engine.sampling import Drawn
 from gpu_worker.engine.sequence import EngineJob, Sequence
+from gpu_worker.engine.vllm import loader
 from gpu_worker.engine.vllm.arguments import engine_arguments
 from gpu_worker.engine.vllm.lora import load_adapters
 from gpu_worker.engine.vllm.processor import PLAN
@@ -49,6 +50,7 @@ class VllmEngine:
             raise ValueError(
                 f"device is {spec.device}, but the vLLM installed here runs on {self.device}; set device to auto"
             )
+        loader.register()
         known = {field.name for field in fields(EngineArgs)}
         arguments = EngineArgs(**engine_arguments(spec, known, is_cpu=self.device == "cpu"))
         config = arguments.create_engine_config()

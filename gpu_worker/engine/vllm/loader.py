@@ -1,4 +1,4 @@
-"""vLLM's loader of safetensors, which also tells how far it has come. Registered by vLLM's own means, when imported.
+"""vLLM's loader of safetensors, which also tells how far it has come.
 
 With several GPUs vLLM loads in processes of its own, which tell nothing.
 """
@@ -24,4 +24,6 @@ class TellingLoader(DefaultModelLoader):
         yield from load_progress.reported(super().get_all_weights(model_config, model), num_bytes)
 
 
-register_model_loader("safetensors")(TellingLoader)
+def register() -> None:
+    """Have vLLM use it for the load format safetensors, by vLLM's own means."""
+    register_model_loader("safetensors")(TellingLoader)
