@@ -12,9 +12,9 @@ from tests.unit.test_adapters import configure, write_pair
 KNOWN = {"enforce_eager", "tensor_parallel_size", "quantization", "load_format", "block_size", "max_loras"}
 
 
-def arguments(is_cpu: bool = True, **keys: Any) -> dict[str, Any]:
+def arguments(*, is_cpu: bool = True, is_quantised: bool = False, **keys: Any) -> dict[str, Any]:
     spec = ModelSpec(id="m", path="owner/name", revision="abc", backend="vllm", max_model_len=64, **keys)
-    return engine_arguments(spec, KNOWN, is_cpu=is_cpu)
+    return engine_arguments(spec, KNOWN, is_cpu=is_cpu, is_quantised=is_quantised)
 
 
 def test_an_entrys_own_arguments_are_passed_on() -> None:
@@ -32,6 +32,7 @@ def test_the_general_keys_mean_what_they_mean_with_every_engine() -> None:
     assert given["dtype"] == "float32"
     assert arguments(is_cpu=False)["dtype"] == "auto"
     assert arguments(dtype="bfloat16")["dtype"] == "bfloat16"
+    assert arguments(is_quantised=True)["dtype"] == "auto", "not all kernels for quantised weights take float32"
 
 
 @pytest.mark.parametrize(

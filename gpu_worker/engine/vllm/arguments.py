@@ -31,9 +31,15 @@ OWN_KEYS = {
 LORA_RANKS = (8, 16, 32, 64, 128, MAX_RANK)  # for which vLLM can reserve memory
 
 
-def engine_arguments(spec: ModelSpec, known: Collection[str], *, is_cpu: bool) -> dict[str, Any]:
+def engine_arguments(
+    spec: ModelSpec, known: Collection[str], *, is_cpu: bool, is_quantised: bool = False
+) -> dict[str, Any]:
     """The arguments of vLLM's EngineArgs, whose fields are `known`. Raises ValueError, which names the key."""
-    ours = _fixed_arguments() | _general_arguments(spec, is_cpu=is_cpu) | _adapter_arguments(spec, is_cpu=is_cpu)
+    ours = (
+        _fixed_arguments()
+        | _general_arguments(spec, is_exact=is_cpu and not is_quantised)
+        | _adapter_arguments(spec, is_cpu=is_cpu)
+    )
     refuse_bad_keys(spec.vllm, known, ours)
     defaults: dict[str, Any] = {"load_format": "safetensors"}
     if spec.adapters:
@@ -74,12 +80,13 @@ def _fixed_arguments() -> dict[str, Any]:
     }
 
 
-def _general_arguments(spec: ModelSpec, *, is_cpu: bool) -> dict[str, Any]:
-    """`dtype` auto means float32 on a CPU, as with the other back ends."""
+def _general_arguments(spec: ModelSpec, *, is_exact: bool) -> dict[str, Any]:
+    """`dtype` auto means float32 on a CPU, as with the other back ends, except for quantised checkpoints, of which
+    vLLM's kernels for CPUs do not all take float32."""
     return {
         "model": spec.path,
         "revision": None if Path(spec.path).is_dir() else spec.revision,
-        "dtype": "float32" if is_cpu and spec.dtype == "auto" else spec.dtype,
+        "dtype": "float32" if is_exact and spec.dtype == "auto" else spec.dtype,
         "max_model_len": spec.max_model_len,
         "max_num_seqs": spec.max_num_seqs,
         "max_num_batched_tokens": spec.max_num_batched_tokens,

@@ -27,6 +27,7 @@ from gpu_worker.engine.vllm.arguments import engine_arguments
 from gpu_worker.engine.vllm.lora import load_adapters
 from gpu_worker.engine.vllm.processor import PLAN
 from gpu_worker.engine.vllm.rows import drawn_of, plan_of
+from text.model_files import model_folder, read_json_file
 
 CPU_CACHE_SHARE = 0.25  # of the available memory, since there may be other workers
 
@@ -52,7 +53,9 @@ class VllmEngine:
             )
         loader.register()
         known = {field.name for field in fields(EngineArgs)}
-        arguments = EngineArgs(**engine_arguments(spec, known, is_cpu=self.device == "cpu"))
+        is_quantised = "quantization_config" in read_json_file(model_folder(spec) / "config.json")
+        given = engine_arguments(spec, known, is_cpu=self.device == "cpu", is_quantised=is_quantised)
+        arguments = EngineArgs(**given)
         config = arguments.create_engine_config()
         _size_cache(spec, config, is_cpu=self.device == "cpu")
         self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
