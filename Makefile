@@ -10,6 +10,9 @@ BIN := $(VENV)/bin
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 
+# What `make install` installs by itself; `make run` and `make test` name their own.
+EXTRAS ?= server,worker,embedded
+
 # A stamp carries the hash of what it was made from, so an unchanged checkout installs nothing and starts in a second.
 PINS := $(shell cat pyproject.toml constraints.txt | git hash-object --stdin)
 READY_TO_RUN := $(VENV)/.ready-to-run-$(PINS)

@@ -197,9 +197,9 @@ class ModelStore:
         files = choose(wanted.source.list_files(scratch, watcher.advance), wanted.source.name)
         num_bytes = sum(file.size for file in files)
         gguf = next((file.path for file in files if file.path.endswith(".gguf")), "")
-        if gguf:
-            refuse_without_packages(gguf)
         converted_from = gguf if wanted.gguf_backend == "transformers" else ""
+        if converted_from:
+            refuse_without_packages(gguf)
         refuse_full_disk(partial, num_bytes * (1 + CONVERTED_RATIO) if converted_from else num_bytes)
         watcher.begin(f"Storing {wanted.name}", num_bytes)
         self._fetch_files(wanted, files, partial, watcher)

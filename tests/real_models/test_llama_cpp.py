@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer
+from transformers import AutoTokenizer
 
 from celeriac.client import Client
+from celeriac.store.gguf_header import read_header
+from celeriac.store.gguf_tokenizer import build_tokenizer
 from celeriac.store.sources import FolderSource
 from celeriac.store.store import ModelStore, Wanted
 from domain.catalog import Catalog
@@ -23,6 +26,7 @@ from tests.chaos.plant import Plant, start_prepared
 from tests.integration.test_main_job import System
 from tests.real_models.conftest import CHAT, SETTINGS, Quiet
 from tests.real_models.kills import FREE, PROMPT, UNDER_A_SCHEMA, WORDS, submit, text_of, text_through_kills
+from tests.unit.test_gguf_description import random_texts
 
 pytestmark = pytest.mark.slow
 
@@ -101,8 +105,32 @@ def test_a_gguf_file_for_llama_cpp_is_described_but_not_converted(store: ModelSt
     assert [Path(file.path).suffix for file in manifest.files if file.size > 10**7] == [".gguf"]
     [stored] = Catalog.load(folder / "models.toml").entries
     assert (stored.id, stored.backend, stored.path) == (MODEL, "llama_cpp", str(folder))
-    for name in ("tokenizer.json", "chat_template.jinja"):  # just as a conversion writes them
-        assert (folder / name).read_text() == (store.path(CHAT) / name).read_text()
+    converted = store.path(CHAT)
+    assert (folder / "chat_template.jinja").read_text() == (converted / "chat_template.jinja").read_text()
+    ours, theirs = (Tokenizer.from_file(str(each / "tokenizer.json")) for each in (folder, converted))
+    assert ours.get_vocab() == theirs.get_vocab()
+
+
+@pytest.mark.parametrize("name", [CHAT, GEMMA])
+def test_a_files_tokens_are_those_of_transformers_but_for_how_it_keeps_digits_apart(
+    store: ModelStore, name: str
+) -> None:
+    """transformers knows no other way to cut SmolLM2's texts than GPT-2's."""
+    if not any(store.path(name).glob("*.gguf")):
+        pytest.skip(f"{name} was not pulled into {store.folder}")
+    [file] = store.path(name).glob("*.gguf")
+    theirs: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    header = read_header(file)
+    ours = build_tokenizer(header)
+    as_in_gpt2 = build_tokenizer(header | {"tokenizer.ggml.pre": "gpt-2"})
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert ours.get_added_tokens_decoder() == theirs.backend_tokenizer.get_added_tokens_decoder()
+    for text in random_texts(2000):
+        ids = theirs.encode(text)
+        assert as_in_gpt2.encode(text).ids == ids, text
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        if not any(character.isnumeric() for character in text):
+            assert ours.encode(text).ids == ids, text
 
 
 def test_greedy_text_is_llama_cpps_own(llama: Client, folder: Path) -> None:

@@ -22,7 +22,7 @@ class LlamaCppBackend:
         model.refuse_other_tokenizer(tokenizer)
         end_token_ids = read_end_token_ids(folder, tokenizer) | model.end_token_ids()
         limits = ModelLimits(model.vocab_size, spec.max_model_len, end_token_ids)
-        pool = SlotPool(model, num_slots=spec.max_num_seqs, num_cells=model.num_cells, can_share=model.can_cut)
+        pool = SlotPool(model, num_slots=model.num_slots, num_cells=model.num_cells, can_share=model.can_cut)
         scheduler = Scheduler(
             pool,
             max_num_seqs=spec.max_num_seqs,
@@ -31,7 +31,7 @@ class LlamaCppBackend:
             can_fork=model.can_cut,
         )
         self._engine = Engine(scheduler=scheduler, runner=LlamaRunner(model), tokenizer=tokenizer, limits=limits)
-        self._loaded = LoadedModel(device=model.device, num_cache_tokens=model.num_cells)
+        self._loaded = LoadedModel(model.device, model.num_cells, keeps_prefixes=pool.use_prefix_cache)
 
     @property
     def loaded(self) -> LoadedModel:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from domain.catalog import ModelSpec
+from gpu_worker.engine import load_progress
 from gpu_worker.engine.host_cpus import num_usable_cpus
 from gpu_worker.engine.host_memory import available_bytes
 
@@ -41,6 +42,12 @@ def _keep_words(level: int, text: bytes, _: Any) -> None:
         log.warning("llama.cpp: %s", words[:300])
 
 
+@lib.llama_progress_callback  # type: ignore[untyped-decorator]
+def _tell_progress(share: float, _: Any) -> bool:
+    load_progress.report(share)
+    return True  # False would end the load
+
+
 class DecodeFailed(Exception):
     """llama.cpp did not compute a batch."""
 
@@ -59,6 +66,7 @@ class LlamaModel:
         options = spec.llama_cpp
         parameters = lib.llama_model_default_params()
         parameters.n_gpu_layers = options.n_gpu_layers if lib.llama_supports_gpu_offload() else 0
+        parameters.progress_callback = _tell_progress
         parameters.use_extra_bufts = not _has_amx() if options.repack is None else options.repack
         self._model = lib.llama_model_load_from_file(str(file).encode(), parameters)
         if not self._model:
@@ -75,12 +83,13 @@ class LlamaModel:
         self._vocab = lib.llama_model_get_vocab(self._model)
         self.vocab_size = int(lib.llama_vocab_n_tokens(self._vocab))
         self.num_cells = self._count_cells(spec)
+        self.num_slots = self._count_slots(spec)
         self.max_batch = spec.max_num_batched_tokens + spec.max_num_seqs  # a step with decodes may exceed its budget
         self._context = lib.llama_init_from_model(self._model, self._context_parameters(spec))
         if not self._context:
             raise ValueError(f"llama.cpp has no room for {self.num_cells} tokens: {'; '.join(_last_words)}")
         self._memory = lib.llama_get_memory(self._context)
-        self._lengths = [0] * spec.max_num_seqs  # tokens of each slot in the cache; -1 if that is unknown
+        self._lengths = [0] * self.num_slots  # tokens of each slot in the cache; -1 if that is unknown
         self._batch = LlamaBatch(self.max_batch)
 
     def end_token_ids(self) -> frozenset[int]:
@@ -143,6 +152,13 @@ class LlamaModel:
         logits: NDArray[np.float32] = np.ctypeslib.as_array(address, (batch.num_wanted, self.vocab_size))
         return logits
 
+    def _count_slots(self, spec: ModelSpec) -> int:
+        """As many again as may run, so that those that run do not drive out what has ended or was paused. A state that
+        cannot be cut is never found again."""
+        if not self.can_cut:
+            return spec.max_num_seqs
+        return max(spec.max_num_seqs, min(2 * spec.max_num_seqs, int(lib.llama_max_parallel_sequences())))
+
     def _count_cells(self, spec: ModelSpec) -> int:
         """kv_cache_tokens if set; else as many as all sequences could use, within a share of the memory left."""
         if spec.kv_cache_tokens is not None:
@@ -164,7 +180,7 @@ class LlamaModel:
         options = spec.llama_cpp
         parameters = lib.llama_context_default_params()
         parameters.n_ctx = self.num_cells
-        parameters.n_seq_max = spec.max_num_seqs
+        parameters.n_seq_max = self.num_slots
         parameters.n_batch = self.max_batch
         parameters.n_ubatch = min(options.n_ubatch, self.max_batch)
         parameters.n_threads = parameters.n_threads_batch = options.n_threads or num_usable_cpus()
