@@ -167,7 +167,7 @@ def test_a_redis_that_forgets_or_refuses_is_named(doctor: Doctor, redis_server: 
 
 
 def test_every_name_of_the_documented_acl_is_tried() -> None:
-    [line] = re.findall(r"^ +ACL SETUSER celeriac (.+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    [line] = re.findall(r"^ACL SETUSER celeriac (.+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
     assert {word[1:] for word in line.split() if word.startswith("~")} == set(KEY_BY_PATTERN)
 
 

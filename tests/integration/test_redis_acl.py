@@ -31,7 +31,7 @@ def names_of_the_table() -> set[str]:
 
 
 def commands_to_paste() -> list[str]:
-    [line] = re.findall(r"^ +ACL SETUSER celeriac (.+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
+    [line] = re.findall(r"^ACL SETUSER celeriac (.+)$", (ROOT / "docs/operations.md").read_text(), re.MULTILINE)
     return [word for word in line.split() if word[0] not in "~&"]
 
 

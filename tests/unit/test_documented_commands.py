@@ -1,6 +1,5 @@
-"""Every `celeriac` command line of the documents is one that the command accepts, and Python snippets are Python."""
+"""Every `celeriac` command line of the documents is one that the command accepts, and every entry of models.toml is."""
 
-import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -10,11 +9,10 @@ import click
 import pytest
 
 from celeriac import cli
-from settings import ROOT
+from domain.catalog import Catalog
+from tests.documents import DOCUMENTS, FENCE, Snippet, snippets
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 LINE = re.compile(r"^(?:    |\$ |    \$ )?(?:\w+=\S+ )*(?:\.venv/bin/)?celeriac (.+)$", re.MULTILINE)
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = {"", "sh", "bash", "console"}
 
 
@@ -77,8 +75,8 @@ def test_the_documents_have_command_lines() -> None:
     assert sum(len(list(command_lines(document))) for document in DOCUMENTS) > 30
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_python_snippet_is_python(document: Path) -> None:
-    for language, block in FENCE.findall(document.read_text()):
-        if language == "python":
-            ast.parse(block, f"{document.name}: {block[:40]!r}")
+@pytest.mark.parametrize("snippet", snippets("toml"), ids=lambda snippet: snippet.text.split("\n")[1])
+def test_every_entry_of_models_is_taken(snippet: Snippet, tmp_path: Path) -> None:
+    (tmp_path / "models.toml").write_text(snippet.text)
+    catalog = Catalog.load(tmp_path / "models.toml")
+    assert (len(list(catalog)), dict(catalog.unavailable)) == (1, {})
