@@ -21,6 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 OLD_OPENAI := openai==1.109.1 distro==1.9.0
 SITE := $(VENV)/docs
+SITE_READY := $(SITE)/.ready-$(shell git hash-object deploy/site/requirements.txt)
 CLIENT_PINS := tests/conformance/clients.txt
 WEB_PINS := tests/conformance/node_web/package.json tests/conformance/node_web/package-lock.json
 
@@ -52,6 +53,9 @@ run: $(READY_TO_RUN) ## start everything on this machine until Ctrl-C; with a pu
 	@$(BIN)/celeriac up $(if $(MODEL),--model $(MODEL))
 
 test: check ## every check, then every test, on PostgreSQL and Redis that the tests start themselves
+	@# A machine that cannot fetch mkdocs is no reason to test nothing.
+	@if $(MAKE) --no-print-directory $(SITE_READY); then $(MAKE) --no-print-directory docs; \
+	else echo "mkdocs could not be installed, so the documentation is not built: make docs says why"; fi
 	@# Exit code 1: tests have failed. Anything else is no test's doing, and is not tried again.
 	$(BIN)/python -m pytest --cache-clear -n $(WORKERS) --dist worksteal || { test $$? -eq 1 && $(BIN)/python -m tests.once_more; }
 
@@ -81,9 +85,7 @@ test-engines: $(READY_TO_TEST) ## install engines and test them on real models, 
 conformance: $(READY_TO_TEST) $(VENV)/clients/.ready $(VENV)/web-clients/.ready ## unmodified clients of all kinds: docs/clients.md
 	$(BIN)/python -m pytest tests/conformance
 
-docs: $(READY_TO_RUN) ## the documentation as a site, with every route, in .venv/docs/site
-	@test -x $(SITE)/bin/mkdocs || $(BIN)/python -m venv --clear $(SITE)
-	@$(SITE)/bin/python -m pip --disable-pip-version-check --quiet install --requirement deploy/site/requirements.txt
+docs: $(READY_TO_RUN) $(SITE_READY) ## the documentation as a site, with every route, in .venv/docs/site
 	@$(BIN)/python -m deploy.site.openapi > $(SITE)/openapi.json
 	@OPENAPI_PATH=$(SITE)/openapi.json NO_MKDOCS_2_WARNING=1 $(SITE)/bin/mkdocs build --quiet --config-file deploy/site/mkdocs.yml
 	@echo "$(BIN)/python -m http.server --directory $(SITE)/site 8080"
@@ -122,6 +124,11 @@ $(READY_TO_TEST):
 	@# An SDK from before, for the tests. What it stands on is here but for distro.
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/openai-1 $(OLD_OPENAI)
 	@touch $@ $(READY_TO_RUN)
+
+$(SITE_READY):
+	@$(BIN)/python -m venv --clear $(SITE)
+	@$(SITE)/bin/python -m pip --disable-pip-version-check --quiet install --requirement deploy/site/requirements.txt
+	@touch $@
 
 $(VENV)/clients/.ready: $(READY_TO_TEST) $(CLIENT_PINS)
 	@echo "Installing LangChain, LiteLLM and other clients into $(VENV)/clients, once; some minutes ..."
