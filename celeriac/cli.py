@@ -49,7 +49,8 @@ class Commands(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if not HAS_SERVER and cmd_name in self.commands.keys() - CLIENT_COMMANDS:
             raise click.ClickException(
-                f"`celeriac {cmd_name}` needs the server, but only the client is installed here; run it in a checkout"
+                f"`celeriac {cmd_name}` needs the server, but only the client is installed here; run it in a checkout, "
+                "where make run installs it"
             )
         return super().get_command(ctx, cmd_name)
 
@@ -68,21 +69,41 @@ class Commands(click.Group):
             raise
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+HELP = """Run LLM generation as durable jobs: accepted jobs survive crashes, and broken streams resume where they
+stopped.
+
+\b
+celeriac up                                everything on this machine, with a first job
+celeriac submit "What is 17 + 25?"         run a job and watch its text arrive
+celeriac jobs                              list jobs, newest first
+
+`celeriac up` starts its own PostgreSQL and Redis unless you give the URLs of yours. The other commands use
+CELERIAC_DATABASE_URL and CELERIAC_REDIS_URL if those are set, and otherwise the servers that `celeriac up` started
+in this folder. Every setting is an environment variable; docs/operations.md lists them. docs/command_line.md has
+the exit codes.
+"""
+
+CLIENT_HELP = """Use a Celeriac server: accepted jobs survive crashes, and broken streams resume where they stopped.
+
+\b
+export CELERIAC_API_URL=https://...        the server; its administrator knows it
+export CELERIAC_API_KEY=sk_...             your key, if the server asks for one
+celeriac submit "What is 17 + 25?"         run a job and watch its text arrive
+celeriac jobs                              list jobs, newest first
+
+Only the client is installed here. The commands that run and administer a server come with a checkout of Celeriac, where
+`make run` installs and starts everything.
+"""
+
+
+@click.group(
+    cls=Commands,
+    help=HELP if HAS_SERVER else CLIENT_HELP,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
 @click.version_option(package_name="celeriac")
 def main() -> None:
-    """Run LLM generation as durable jobs: accepted jobs survive crashes, and broken streams resume where they stopped.
-
-    \b
-    celeriac up                                everything on this machine, with a first job
-    celeriac submit "What is 17 + 25?"         run a job and watch its text arrive
-    celeriac jobs                              list jobs, newest first
-
-    `celeriac up` starts its own PostgreSQL and Redis unless you give the URLs of yours. The other commands use
-    CELERIAC_DATABASE_URL and CELERIAC_REDIS_URL if those are set, and otherwise the servers that `celeriac up` started
-    in this folder. Every setting is an environment variable; docs/operations.md lists them. docs/command_line.md has
-    the exit codes.
-    """
+    pass
 
 
 # The system

@@ -56,10 +56,13 @@ def test_only_the_commands_of_the_client_are_offered(installed: Path) -> None:
     shown = run(installed, CLI, "--help").stdout
     assert "submit" in shown
     assert "migrate" not in shown
+    assert "celeriac up" not in shown
+    assert "export CELERIAC_API_URL=" in shown
     refused = run(installed, CLI, "migrate")
     assert refused.returncode == 1
     assert refused.stderr == (
-        "Error: `celeriac migrate` needs the server, but only the client is installed here; run it in a checkout\n"
+        "Error: `celeriac migrate` needs the server, but only the client is installed here; run it in a checkout, "
+        "where make run installs it\n"
     )
 
 
