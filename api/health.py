@@ -106,6 +106,8 @@ ADVICE = {
     WaitingFor.LIMIT: "batch jobs have used up their share of the slots: see CELERIAC_BATCH_RESERVE",
     WaitingFor.PAUSE: "the model is unloaded, or its workers are draining: load it, or resume or start a worker",
 }
+SEE_DATABASE = "see whether PostgreSQL runs, and CELERIAC_DATABASE_URL"
+SEE_REDIS = "see whether Redis runs, and CELERIAC_REDIS_URL"
 
 
 class HealthView(View):
@@ -202,13 +204,19 @@ def _reasons(
     """Why not all is well. Anyone may read them, so they hold no reasons that name files."""
     reasons = []
     if database != "ok":
-        reasons.append(f"the database does not answer within {CHECK_SECONDS:g} s: no job can be accepted")
+        reasons.append(
+            f"the database does not answer within {CHECK_SECONDS:g} s: no job can be accepted; {SEE_DATABASE}"
+        )
     elif not services.monitor.is_fresh:
-        reasons.append(f"the queues could not be read for {STALE_SECONDS:g} s: the database is slow")
+        reasons.append(
+            f"the queues could not be read for {STALE_SECONDS:g} s: the database is slow; see its load, and its log"
+        )
     elif num_workers == 0:
         reasons.append("no worker is ready: start one with celeriac worker, or see the logs of those that are loading")
     if redis != "ok":
-        reasons.append(f"Redis does not answer within {CHECK_SECONDS:g} s: streams are slower, nothing is lost")
+        reasons.append(
+            f"Redis does not answer within {CHECK_SECONDS:g} s: streams are slower, nothing is lost; {SEE_REDIS}"
+        )
     if services.draining.is_set():
         reasons.append("this API process is stopping")
     if silent := services.monitor.silent_clocks:

@@ -172,3 +172,25 @@ def _call(program: str, method: str) -> dict[str, Any]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == method
     ]
     return {argument.arg: ast.literal_eval(argument.value) for argument in call.keywords if argument.arg}
+
+
+@needs_node
+def test_what_is_wrong_is_said_in_the_words_of_health_also_without_a_database(tmp_path: Path) -> None:
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    (tmp_path / "html.js").write_text("export const useRef = (value) => ({ current: value });")
+    (tmp_path / "hooks.js").write_text("export const usePolled = (ask) => ask();")
+    (tmp_path / "api.js").write_text(
+        """export const get = async (path) => {
+            if (path !== "health") throw new Error("503");
+            return { database: "unavailable", reasons: ["it is away; start it", "so is Redis"], models_unloaded: ["a"],
+                workers_drained_since: { "gpu@here": "2026" } };
+        };"""
+    )
+    shutil.copy(DASHBOARD / "live.js", tmp_path)
+    program = """
+        const { findingsOf, useLive } = await import("./live.js");
+        console.log(JSON.stringify(findingsOf(await useLive(false))));
+    """
+    found = json.loads(node("--input-type=module", "-e", program, folder=tmp_path))
+    assert [one["text"] for one in found[:2]] == ["It is away; start it.", "So is Redis."]
+    assert [one["tone"] for one in found] == ["bad", "bad", "calm", "calm"]
