@@ -66,7 +66,7 @@ def test_a_function_that_asks_for_what_only_fastapi_can_give_is_refused() -> Non
     async def wants_a_query(request: Request, limit: int) -> Response:
         raise AssertionError(limit)
 
-    async def wants_a_dependency(request: Request, key: Response = Depends(answer_path)) -> Response:
+    async def wants_a_dependency(request: Request, key: Response = Depends(answer_path)) -> Response:  # noqa: B008
         raise AssertionError(key)
 
     for function in (wants_a_query, wants_a_dependency):
