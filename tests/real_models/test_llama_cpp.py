@@ -46,6 +46,17 @@ print(json.dumps([next(tokens) for _ in range(num_tokens)]))
 """
 
 
+#: What it makes of texts: FILE, a file with a list of them.
+TOKENS = """
+import json, sys
+from pathlib import Path
+import llama_cpp
+llama = llama_cpp.Llama(sys.argv[1], vocab_only=True, verbose=False)
+texts = json.loads(Path(sys.argv[2]).read_text())
+print(json.dumps([llama.tokenize(text.encode(), add_bos=False, special=False) for text in texts]))
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(store: ModelStore) -> Path:
     """SmolLM2 as it was published, in four bits."""
@@ -131,6 +142,22 @@ def test_a_files_tokens_are_those_of_transformers_but_for_how_it_keeps_digits_ap
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
         if not any(character.isnumeric() for character in text):
             assert ours.encode(text).ids == ids, text
+
+
+@pytest.mark.parametrize("name", [CHAT, GEMMA])
+def test_a_files_tokens_are_those_of_llama_cpp(store: ModelStore, tmp_path: Path, name: str) -> None:
+    python = llama_cpp_model.python()
+    if not any(store.path(name).glob("*.gguf")):
+        pytest.skip(f"{name} was not pulled into {store.folder}")
+    [file] = store.path(name).glob("*.gguf")
+    texts = list(filter(None, random_texts(2000)))
+    (tmp_path / "texts.json").write_text(json.dumps(texts))
+    said = subprocess.run(
+        [python, "-c", TOKENS, str(file), str(tmp_path / "texts.json")], capture_output=True, check=True
+    )
+    tokenizer = build_tokenizer(read_header(file))
+    for text, token_ids in zip(texts, json.loads(said.stdout), strict=True):
+        assert tokenizer.encode(text, add_special_tokens=False).ids == token_ids, text
 
 
 def test_greedy_text_is_llama_cpps_own(llama: Client, folder: Path) -> None:
