@@ -104,7 +104,7 @@ chaos: $(READY_TO_TEST) ## kill, pause and flush while jobs run, and judge what 
 	$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED)
 
 bench: $(READY_TO_TEST) ## every speed figure, measured on this machine, beside its ceiling
-	@for name in storage accept request_cost hostile time_to_first_token consumer engine engine_restart; do echo "== $$name"; $(BIN)/python -m bench.$$name || exit 1; done
+	@for name in storage accept request_cost hostile noisy_neighbour overload time_to_first_token consumer engine engine_restart; do echo "== $$name"; $(BIN)/python -m bench.$$name || exit 1; done
 
 constraints: ## pin every dependency again, at today's versions
 	$(PYTHON) -m venv --clear $(VENV)/repin

@@ -29,6 +29,8 @@ RECHECK_SECONDS = 2.0  # between two checks of the keys that have streams open
 
 OPEN_SECONDS = 1.0  # the longest that a request without a key waits for the limits of its tenant
 
+MAX_LOOK_UPS = 2  # of keys at a time: whoever sends keys at random takes no more of the connections
+
 MAX_REMEMBERED = 10_000  # keys
 
 P = ParamSpec("P")
@@ -67,6 +69,8 @@ class Authenticator:
         self._sessions = sessions
         self._is_open = is_open
         self._remembered: dict[bytes, tuple[Identity | None, float]] = {}
+        self._looking_up: dict[bytes, asyncio.Task[Identity | None]] = {}
+        self._places = asyncio.Semaphore(MAX_LOOK_UPS)
         self._watched: dict[str, Watch] = {}  # by key or token
         self._watching: asyncio.Task[None] | None = None
         self._open_limits = CallerLimits()  # of the default tenant, where no key is required
@@ -87,11 +91,23 @@ class Authenticator:
         digest = hashlib.sha256(key.encode()).digest()
         identity, until = self._remembered.get(digest, (None, 0.0))
         if time.monotonic() >= until:
-            identity = await self._look_up(key)
-            self._remember(digest, identity)
+            identity = await self._look_up_once(digest, key)
         if identity is None:
             raise AuthenticationFailed("this API key is not valid; check it, or ask for a new one")
         return identity
+
+    async def _look_up_once(self, digest: bytes, key: str) -> Identity | None:
+        """All requests with this key that come meanwhile share one look-up."""
+        task = self._looking_up.get(digest)
+        if task is None:
+            task = self._looking_up[digest] = asyncio.create_task(self._look_up(key))
+            task.add_done_callback(partial(self._note_found, digest))
+        return await asyncio.shield(task)
+
+    def _note_found(self, digest: bytes, task: "asyncio.Task[Identity | None]") -> None:
+        del self._looking_up[digest]
+        if not task.cancelled() and task.exception() is None:
+            self._remember(digest, task.result())
 
     async def _identify_anybody(self) -> Identity:
         """Where no key is required. While the database does not answer, the limits that are known apply."""
@@ -181,7 +197,8 @@ class Authenticator:
 
     async def _ask(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         try:
-            return await repeatable(self._sessions, function, *args, **kwargs)
+            async with self._places:
+                return await repeatable(self._sessions, function, *args, **kwargs)
         except (SQLAlchemyError, OSError) as exc:
             raise database_unavailable() from exc
 

@@ -54,7 +54,8 @@ class Answering:
         await self._send(message)
 
     def write(self, data: bytes) -> None:
-        self._protocol.transport.write(data)
+        if not self._protocol.transport.is_closing():  # as of a client that sends requests in advance, and leaves
+            self._protocol.transport.write(data)
 
     def is_closing(self) -> bool:
         return self._protocol.transport.is_closing()

@@ -242,9 +242,10 @@ class JobEventStream:
             yield await self._snapshot()
         async with aclosing(self._services.streams.read(self._job.id, starting_after=self._last)) as events:
             merged = interleave(events, self._queue_event, waits=QUEUE_POLL_SECONDS, is_wanted=lambda: self._is_queued)
-            async for event in merged:
-                for one in await self._frames_of(event):
-                    yield one
+            async with aclosing(merged):  # first: it may be reading from `events`
+                async for event in merged:
+                    for one in await self._frames_of(event):
+                        yield one
 
     async def _frames_of(self, event: TokenChunk | StatusChange | bytes) -> list[bytes]:
         if isinstance(event, bytes):

@@ -280,7 +280,7 @@ async def view_after_submit(services: Services, tenant_id: UUID, submitted: Subm
     if submitted.record is not None:
         return await _view(services, replace(submitted.record, request=None))
     if submitted.is_new and not is_waited:
-        queue = services.monitor.joining(submitted.new_job)
+        queue = services.monitor.joining(submitted)
         services.monitor.accepted(submitted.new_job)
         return new_job_view(submitted.new_job, submitted.created_at, queue)
     record = await find_job(services, external_id(submitted.job_id), tenant_id)

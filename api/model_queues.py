@@ -1,5 +1,6 @@
 """One model's queue: its figures, what its jobs wait for, and when a job at some place in it would start and end."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -117,10 +118,13 @@ class ModelQueue:
         load = self.order.total
         return self.place(QueuePosition(self.num_queued, self.queued_tokens, tokens_ahead=round(load.num_tokens)))
 
-    def joining(self, tenant_id: UUID, since: Load, num_tokens: int) -> QueuePosition:
-        """Of a job that its tenant submits now; `since` is what it has submitted since the figures were read."""
+    def joining(self, tenant_id: UUID, since: Load, num_tokens: int, *, max_own: float = math.inf) -> QueuePosition:
+        """Of a job that its tenant submits now; `since` is what it has submitted since the figures were read. Of its
+        jobs, at most `max_own` wait."""
         tenant = self.order.by_id.get(tenant_id)
         own = since if tenant is None else since.plus(tenant.load)
+        if own.num_jobs > max_own:
+            own = own.times(max_own / own.num_jobs)
         return self._position(tenant_id, own, num_tokens, WaitingJob())
 
     def long_position(self, ahead: OwnAhead) -> QueuePosition:

@@ -14,7 +14,7 @@ MAX_READS = 12  # of requests at a time: as many as there are connections for si
 
 MAX_WRITES = 8  # of requests at a time: as many as there are connections for transactions
 
-MAX_SYSTEM_CONNECTIONS = 8  # for what concerns all tenants: streams, keys, queues, administration
+MAX_SYSTEM_CONNECTIONS = 10  # for what concerns all tenants: streams and keys, which leave some to queues and others
 
 
 class Pools(NamedTuple):

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from storage.job_accept import NewJob
 from storage.job_queues import QueuePosition
 from storage.maintenance import RecentJobs, recent_jobs
 from storage.tables import Job, WorkerDrain
+from tasks.submit import Submitted
 
 log = logging.getLogger(__name__)
 
@@ -196,19 +198,23 @@ class QueueMonitor:
         load = Load(1, new_job.cost, new_job.max_output_tokens)
         self._accepted_since[key] = self._accepted_since.get(key, Load()).plus(load)
 
-    def joining(self, new_job: NewJob) -> QueueView:
-        """The place of a job accepted now, by the last figures: behind all of its tenant's, whatever its priority."""
-        queue = self.queues.get(new_job.request.model_id)
-        return UNKNOWN_PLACE if queue is None else queue.place(self._joining(new_job, queue))
+    def joining(self, submitted: Submitted) -> QueueView:
+        """The place of a job accepted now, by the last figures: behind all of its tenant's, whatever its priority. Of
+        these, only as many as wait by its acceptance: others may have begun since the figures were read."""
+        queue = self.queues.get(submitted.new_job.request.model_id)
+        if queue is None:
+            return UNKNOWN_PLACE
+        return queue.place(self._joining(submitted.new_job, queue, num_queued=submitted.num_queued))
 
     def estimate(self, new_job: NewJob) -> Estimate | None:
         """Of a job that is about to be accepted."""
         queue = self.queues.get(new_job.request.model_id)
         return None if queue is None else queue.estimate(self._joining(new_job, queue))
 
-    def _joining(self, new_job: NewJob, queue: ModelQueue) -> QueuePosition:
+    def _joining(self, new_job: NewJob, queue: ModelQueue, *, num_queued: int | None = None) -> QueuePosition:
         since = self._accepted_since.get((queue.model, new_job.tenant_id), Load())
-        return queue.joining(new_job.tenant_id, since, new_job.max_output_tokens)
+        max_own = math.inf if num_queued is None else num_queued - 1
+        return queue.joining(new_job.tenant_id, since, new_job.max_output_tokens, max_own=max_own)
 
     def place_of(self, job: Job) -> QueueView:
         """What a queued job waits for, by the last figures; its position is not looked up."""

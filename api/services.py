@@ -263,6 +263,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         authenticator = Authenticator(pools.system_statements, is_open=settings.auth == "none")
         stack.push_async_callback(authenticator.aclose)
         is_shared = settings.auth != "none"
+        streams = StreamReader(settings.redis_url, pools.system_statements, is_shared=is_shared)
         large_work = LargeWork()
         stack.callback(large_work.close)
         services = Services(
@@ -278,7 +279,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             submitter=submitter,
             dispatcher=dispatcher,
             monitor=monitor,
-            streams=await stack.enter_async_context(StreamReader(settings.redis_url, pools.system_statements)),
+            streams=await stack.enter_async_context(streams),
             slots=StreamPlaces(settings.max_streams, is_shared=is_shared),
             large_work=large_work,
             uploads=places_of_uploads(settings.max_uploads, is_shared=is_shared),

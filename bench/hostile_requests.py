@@ -7,7 +7,7 @@ repeats a run. What a request may be answered: anything below 500, or a 503 that
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import suppress
 from urllib.parse import quote
 
@@ -47,11 +47,13 @@ READS = [
     "/v1/responses/{}",
 ]
 
+LARGE = list(bodies_by_kind().values())
+
 LISTS = ["/v1/jobs", "/v1/files", "/v1/batches", "/v1/dead_letters", "/v1/webhook_deliveries", "/v1/chat/completions"]
 
 
 async def large_body(client: httpx.AsyncClient, rng: random.Random) -> list[httpx.Response]:
-    kind = rng.choice(list(bodies_by_kind().values()))
+    kind = rng.choice(LARGE)
     return [await client.post(kind.path, content=kind.body, headers=JSON)]
 
 
@@ -171,20 +173,23 @@ async def webhook_to_nowhere(client: httpx.AsyncClient, rng: random.Random) -> l
     return [await client.post("/v1/jobs", json={"model": MODEL, "prompt": "a", "webhook": url})]
 
 
-ATTACKS: list[Attack] = [
-    large_body,
-    malformed_body,
-    strange_id,
-    strange_query,
-    costly_grammar,
-    long_prompt,
-    abandoned_stream,
-    abandoned_chat,
-    cancel_storm,
-    long_poll,
-    slow_upload,
-    bad_batch,
-    webhook_to_nowhere,
+ATTACKS: list[tuple[str, Attack]] = [
+    (attack.__name__, attack)
+    for attack in (
+        large_body,
+        malformed_body,
+        strange_id,
+        strange_query,
+        costly_grammar,
+        long_prompt,
+        abandoned_stream,
+        abandoned_chat,
+        cancel_storm,
+        long_poll,
+        slow_upload,
+        bad_batch,
+        webhook_to_nowhere,
+    )
 ]
 
 
@@ -198,9 +203,14 @@ def complaint_about(answer: httpx.Response) -> str | None:
 
 
 async def attack(
-    client: httpx.AsyncClient, *, num_requests: int, num_at_once: int, seed: int
+    client: httpx.AsyncClient,
+    attacks: Sequence[tuple[str, Attack]],
+    *,
+    num_requests: int,
+    num_at_once: int,
+    seed: int,
 ) -> tuple[dict[str, int], list[str]]:
-    """Runs the attacks in turn, so that each kind has its part. Returns how often each status came, and the
+    """Runs the attacks, by name, in turn, so that each kind has its part. Returns how often each status came, and the
     complaints."""
     statuses: dict[str, int] = {}
     complaints: list[str] = []
@@ -209,15 +219,16 @@ async def attack(
     async def go_on() -> None:
         for number in numbers:
             rng = random.Random(f"{seed} {number}")
+            name, make = attacks[number % len(attacks)]
             try:
-                answers = await ATTACKS[number % len(ATTACKS)](client, rng)
+                answers = await make(client, rng)
             except (httpx.TimeoutException, httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as exc:
                 statuses[type(exc).__name__] = statuses.get(type(exc).__name__, 0) + 1
                 continue
             for answer in answers:
                 statuses[str(answer.status_code)] = statuses.get(str(answer.status_code), 0) + 1
                 if complaint := complaint_about(answer):
-                    complaints.append(f"{ATTACKS[number % len(ATTACKS)].__name__}: {complaint}")
+                    complaints.append(f"{name}: {complaint}")
 
     await asyncio.gather(*(go_on() for _ in range(num_at_once)))
     return statuses, complaints

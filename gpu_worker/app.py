@@ -38,11 +38,20 @@ def shutdown(state: Any, msg: str = "", **_: Any) -> dict[str, str]:
 
 @control_command(name="revoke", variadic="task_id", signature="[id1 [id2 [... [idN]]]]")
 def revoke(
-    state: Any, task_id: str | Sequence[str], terminate: bool = False, signal: str | None = None, **options: Any
+    state: Any,
+    task_id: str | Sequence[str],
+    terminate: bool = False,
+    signal: str | None = None,
+    is_stored: bool = False,
+    **options: Any,
 ) -> Any:
-    """Revoke task by task id (or list of ids)."""
+    """Revoke task by task id (or list of ids). `is_stored`: the API sends it, which has cancelled them in SQL."""
+    task_ids = maybe_list(task_id) or []
+    if is_stored:
+        state.consumer.pool.stop_cancelled(task_ids)
+        return {"ok": f"{len(task_ids)} tasks flagged as revoked"}
     answer = stock.revoke(state, task_id, terminate=terminate, signal=signal, **options)
-    state.consumer.pool.cancel_queued(maybe_list(task_id) or [])
+    state.consumer.pool.cancel_queued(task_ids)
     return answer
 
 

@@ -97,9 +97,9 @@ class JobStorage:
         self.model_revision = model_revision(spec)  # computed from the files, like the one that the API stores in jobs
 
     def claim(
-        self, limit: int, lane: Lane, known: frozenset[UUID], *, min_suspicions: int, is_repeated: bool
+        self, limit: int, lane: Lane, known: frozenset[UUID], *, num_slots: int, min_suspicions: int, is_repeated: bool
     ) -> list[ClaimedJob]:
-        """Claim up to `limit` jobs of a lane, fairest first. `known` are the jobs that already run here."""
+        """Claim up to `limit` jobs of a lane for `num_slots` slots, fairest first. `known` are those that run here."""
         with self.sessions.begin() as session:
             released = self.release_unknown(session, known) if is_repeated else []
             claimed = jobs.claim(
@@ -111,6 +111,7 @@ class JobStorage:
                 lease_seconds=self.lease_seconds,
                 lane=lane,
                 min_suspicions=min_suspicions,
+                num_slots=num_slots,
             )
         job_log.returned(AttemptOutcome.RELEASED, released)
         self.tell_claimed(claimed)
@@ -148,9 +149,9 @@ class JobStorage:
         self.notifier.publish((job.job_id, job.status) for job in returned)
         return returned
 
-    def request_cancel(self, job_id: UUID) -> None:
+    def request_cancel(self, job_ids: Sequence[UUID]) -> None:
         with self.sessions.begin() as session:
-            asked = jobs.request_cancel(session, [job_id])
+            asked = jobs.request_cancel(session, job_ids)
         job_log.ended_without_worker(job for job in asked if job.status.is_terminal)
         self.notifier.publish((job.job_id, JobStatus.CANCELLED) for job in asked)
 

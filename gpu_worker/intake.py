@@ -90,10 +90,10 @@ class Intake:
         self._heard_at = self._heard_at or now
         if ticket_ids := self._offers.take(num_free):
             self._heard_at = now
-            self._claim(Lane.STANDARD, len(ticket_ids), known, ticket_ids=ticket_ids)
+            self._claim(Lane.STANDARD, len(ticket_ids), known, num_slots=num_free, ticket_ids=ticket_ids)
         elif now - self._heard_at >= POLL_SECONDS:
             self._heard_at = now
-            self._claim(Lane.STANDARD, num_free, known)
+            self._claim(Lane.STANDARD, num_free, known, num_slots=num_free)
 
     def share(self, now: float, may_leave: Callable[[float], list[Candidate]], *, known: frozenset[UUID]) -> None:
         """If it is time to look and jobs here may leave, claim those that are due their slots."""
@@ -124,7 +124,7 @@ class Intake:
             return
         min_suspicions = self._quarantine.take_look(now, is_resting=is_resting)
         if min_suspicions is not None:
-            self._claim(Lane.ISOLATED, 1, known, min_suspicions=min_suspicions)
+            self._claim(Lane.ISOLATED, 1, known, num_slots=1, min_suspicions=min_suspicions)
 
     def _claim(
         self,
@@ -132,6 +132,7 @@ class Intake:
         limit: int,
         known: frozenset[UUID],
         *,
+        num_slots: int,
         min_suspicions: int = 0,
         ticket_ids: Sequence[UUID] = (),
     ) -> None:
@@ -153,7 +154,7 @@ class Intake:
 
         self._storage_thread.submit(
             lambda is_repeated: self._storage.claim(
-                limit, lane, known, min_suspicions=min_suspicions, is_repeated=is_repeated
+                limit, lane, known, num_slots=num_slots, min_suspicions=min_suspicions, is_repeated=is_repeated
             ),
             on_done,
             on_error,

@@ -34,6 +34,7 @@ class Candidate:
     tenant_id: UUID
     priority: int
     num_quanta: float  # how many quanta it has run since it last started; at least 1
+    num_sequences: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,51 +58,68 @@ def candidates(running: Iterable[RunningJob], now: float, *, quantum_seconds: fl
         quantum = max(quantum_seconds, job.first_output_at - job.started_at)
         num_quanta = (now - job.first_output_at) / quantum
         if num_quanta >= 1 and not job.claimed.num_suspicions:
-            found.append(Candidate(job.id, job.claimed.tenant_id, job.claimed.priority, num_quanta))
+            found.append(Candidate(job.id, job.claimed.tenant_id, job.claimed.priority, num_quanta, job.num_sequences))
     return found
 
 
-def choose(seen: Shares, may_leave: Sequence[Candidate]) -> list[tuple[NextJob, Candidate]]:
+class Choice:
+    """Which running jobs give their slots to which waiting ones, step by step."""
+
+    def __init__(self, seen: Shares, may_leave: Sequence[Candidate]) -> None:
+        self._weights = seen.weights
+        self._num_running = dict(seen.num_running)
+        num_slots, total_weight = sum(seen.num_running.values()), math.fsum(seen.weights.values())
+        self._shares = {tenant_id: num_slots * weight / total_weight for tenant_id, weight in seen.weights.items()}
+        self._left: dict[UUID, list[Candidate]] = {}  # by tenant; the last one is the first to leave
+        for candidate in sorted(may_leave, key=lambda one: (-one.priority, one.job_id)):
+            self._left.setdefault(candidate.tenant_id, []).append(candidate)
+
+    def make_room(self, job: NextJob) -> list[Candidate]:
+        """Those that leave for the job; none if its tenant is not due a slot. It may get fewer slots than it has
+        sequences: the others wait in the engine, as they would for the tenant's own."""
+        leaving: list[Candidate] = []
+        num_given = 0
+        while num_given < job.num_sequences:
+            next_to_leave = [candidates[-1] for candidates in self._left.values() if candidates]
+            able = [one for one in next_to_leave if self._may_give(one, job, is_first=not leaving)]
+            if not able:
+                break
+            chosen = max(able, key=self._excess)
+            self._left[chosen.tenant_id].pop()
+            self._num_running[chosen.tenant_id] -= chosen.num_sequences
+            num_given += chosen.num_sequences
+            leaving.append(chosen)
+        if leaving:
+            self._num_running[job.tenant_id] = self._num_running.get(job.tenant_id, 0) + job.num_sequences
+        return leaving
+
+    def _may_give(self, candidate: Candidate, job: NextJob, *, is_first: bool) -> bool:
+        giver, taker = candidate.tenant_id, job.tenant_id
+        num_held, num_taken = self._num_running.get(giver, 0), self._num_running.get(taker, 0)
+        if giver == taker or num_held <= self._shares.get(giver, math.inf):  # inf: its jobs have just ended
+            return False
+        if num_held - candidate.num_sequences >= self._shares[giver]:
+            return num_taken == 0 or num_taken + job.num_sequences <= self._shares[taker]
+        num_quanta = self._weights[giver] / self._weights[taker]
+        return is_first and num_taken == 0 and candidate.num_quanta >= num_quanta
+
+    def _excess(self, candidate: Candidate) -> tuple[float, float]:
+        giver = candidate.tenant_id
+        return self._num_running[giver] / self._weights[giver], candidate.num_quanta
+
+
+def choose(seen: Shares, may_leave: Sequence[Candidate]) -> list[tuple[NextJob, list[Candidate]]]:
     """Which waiting jobs take the slots of which running ones.
 
     A tenant with more than its share gives up jobs as long as the share is left to it, to those who have less than
     theirs or nothing. Where there are more tenants than slots, a share is less than a slot, and tenants take turns: one
-    that runs nothing gets a whole slot after a quantum, or after as many as the other's weight is higher. The tenant
-    with most per weight gives first, or else the one whose job has run longest. Of its jobs, the least urgent leaves
-    first, then the newest, which is the last to come back.
+    that runs nothing gets a whole slot after a quantum, or after as many as the other's weight is higher; so does one
+    whose neighbour's only job has more sequences than its share. The tenant with most per weight gives first, or else
+    the one whose job has run longest. Of its jobs, the least urgent leaves first, then the newest, which is the last to
+    come back.
     """
-    num_running = dict(seen.num_running)
-    total_weight = math.fsum(seen.weights.values())
-    num_slots = sum(num_running.values())
-    share = {tenant_id: num_slots * weight / total_weight for tenant_id, weight in seen.weights.items()}
-    left: dict[UUID, list[Candidate]] = {}  # by tenant; the last one is the first to leave
-    for candidate in sorted(may_leave, key=lambda one: (-one.priority, one.job_id)):
-        left.setdefault(candidate.tenant_id, []).append(candidate)
-
-    def may_give(giver: UUID, taker: UUID, num_quanta: float) -> bool:
-        num_held, num_taken = num_running.get(giver, 0), num_running.get(taker, 0)
-        if giver == taker or num_held <= share.get(giver, math.inf):  # inf: its jobs have just ended
-            return False
-        if num_held - 1 >= share[giver]:
-            return num_taken == 0 or num_taken + 1 <= share[taker]
-        return num_taken == 0 and num_quanta >= seen.weights[giver] / seen.weights[taker]
-
-    def excess(candidate: Candidate) -> tuple[float, float]:
-        giver = candidate.tenant_id
-        return num_running[giver] / seen.weights[giver], candidate.num_quanta
-
-    exchanges = []
-    for job in seen.waiting:
-        next_to_leave = [candidates[-1] for candidates in left.values() if candidates]
-        able = [one for one in next_to_leave if may_give(one.tenant_id, job.tenant_id, one.num_quanta)]
-        if not able:
-            continue
-        leaving = max(able, key=excess)
-        left[leaving.tenant_id].pop()
-        num_running[leaving.tenant_id] -= 1
-        num_running[job.tenant_id] = num_running.get(job.tenant_id, 0) + 1
-        exchanges.append((job, leaving))
-    return exchanges
+    choice = Choice(seen, may_leave)
+    return [(job, leaving) for job in seen.waiting if (leaving := choice.make_room(job))]
 
 
 def exchange(
@@ -109,7 +127,7 @@ def exchange(
 ) -> Exchange:
     """Claim the waiting jobs for which some of these running ones should leave, and say which. `known` are the jobs
     that run here."""
-    chosen: list[tuple[NextJob, Candidate]] = []
+    chosen: list[tuple[NextJob, list[Candidate]]] = []
     claimed: list[ClaimedJob] = []
     with storage.sessions.begin() as session:
         released = storage.release_unknown(session, known) if is_repeated else []
@@ -126,8 +144,8 @@ def exchange(
             )
     job_log.returned(AttemptOutcome.RELEASED, released)
     storage.tell_claimed(claimed)
-    leaving = {job.id: candidate.job_id for job, candidate in chosen}
-    return Exchange(claimed, [leaving[job.id] for job in claimed])
+    leaving = {job.id: [one.job_id for one in candidates] for job, candidates in chosen}
+    return Exchange(claimed, [job_id for job in claimed for job_id in leaving[job.id]])
 
 
 def pause(storage: JobStorage, job_ids: Sequence[UUID]) -> None:

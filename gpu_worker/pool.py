@@ -161,6 +161,13 @@ class EnginePool(BasePool):
         if waiting:
             self.runner.cancel_queued(waiting)
 
+    def stop_cancelled(self, task_ids: Iterable[str]) -> None:
+        """Stop those of these jobs that run here. They have been cancelled in SQL, which costs this worker nothing."""
+        state.revoked.update(task_ids)  # for a job whose claim is being committed
+        for job_id in filter(None, map(job_id_of, task_ids)):
+            if job_id in self.deliveries.running:
+                self.runner.stop_cancelled(job_id)
+
     def give_back(self) -> int:
         """Requeue all tickets in hand that are not being used; returns how many."""
         return self.deliveries.give_back(self.runner.withdraw())

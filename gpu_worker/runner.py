@@ -17,6 +17,7 @@ import msgspec
 from domain.catalog import ModelSpec
 from domain.jobs import AttemptOutcome, WorkerState, external_id
 from gpu_worker.batch import RunningBatch
+from gpu_worker.cancels import Cancels
 from gpu_worker.commits import FlushPacer, JobStorage, WorkerReporter
 from gpu_worker.engine_process.frames import CannotLoad, Loading, Ready, Report, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
@@ -104,6 +105,8 @@ class RunnerThread:
             hostname=hostname,
             on_answer=self._follow_orders,
         )
+        self._cancels = Cancels(self._storage_thread, self._storage.request_cancel)
+        self._queued_cancels = Cancels(self._storage_thread, self._storage.cancel_queued)
         self._meter = EngineMeter(spec.id)
         self._exits = engine_exits_total.labels(spec.id)
         job_log.begin([spec.id], [AttemptOutcome.RELEASED, AttemptOutcome.CRASHED])
@@ -140,11 +143,14 @@ class RunnerThread:
     # Calls
 
     def cancel(self, job_id: UUID) -> None:
-        self._storage_thread.submit(lambda is_repeated: self._storage.request_cancel(job_id), lambda answer: None)
+        self._cancels.add([job_id])
+        self._batch.cancel(job_id)
+
+    def stop_cancelled(self, job_id: UUID) -> None:
         self._batch.cancel(job_id)
 
     def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
-        self._storage_thread.submit(lambda is_repeated: self._storage.cancel_queued(job_ids), lambda answer: None)
+        self._queued_cancels.add(job_ids)
 
     def begin_drain(self, release_after_seconds: float) -> None:
         self._drain_deadline = monotonic() + release_after_seconds

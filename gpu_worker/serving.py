@@ -84,6 +84,10 @@ class JobRunner:
         """Cancel a job. Its owner finds the request in SQL; our own engine is told directly."""
         self._runner.mailbox.post(lambda: self._runner.cancel(job_id))
 
+    def stop_cancelled(self, job_id: UUID) -> None:
+        """Stop a job that has been cancelled in SQL, if it runs here."""
+        self._runner.mailbox.post(lambda: self._runner.stop_cancelled(job_id))
+
     def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
         """Cancel those of these jobs that are queued, of whatever model."""
         self._runner.mailbox.post(lambda: self._runner.cancel_queued(job_ids))
@@ -163,6 +167,10 @@ class ModelRunners:
     def cancel(self, job_id: UUID) -> None:
         for runner in self.by_queue.values():  # a task does not tell which of them runs its job
             runner.cancel(job_id)
+
+    def stop_cancelled(self, job_id: UUID) -> None:
+        for runner in self.by_queue.values():
+            runner.stop_cancelled(job_id)
 
     def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
         next(iter(self.by_queue.values())).cancel_queued(job_ids)

@@ -105,6 +105,7 @@ class Accepted:
     record: JobRecord | None = None  # if it was completed at once, with a known answer: what it is now
     refusal: CeleriacError | None = None  # set if LIMIT_REACHED or TOO_MANY_QUEUED
     standing: LimitStanding | None = None  # of the limits with a rate, if there are any
+    num_queued: int | None = None  # if ACCEPTED: jobs of its tenant that wait, this one included
 
 
 def accept(
@@ -205,7 +206,7 @@ def _accept(
 
 
 def _accepted(row: Row[Any]) -> Accepted:
-    return Accepted(row.id, AcceptOutcome.ACCEPTED, row.created_at)
+    return Accepted(row.id, AcceptOutcome.ACCEPTED, row.created_at, num_queued=row.num_queued)
 
 
 def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> dict[int, Accepted]:

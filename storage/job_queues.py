@@ -54,7 +54,11 @@ WITH timed AS (
     FROM jobs j JOIN tenant_load l USING (tenant_id) JOIN tenants t ON t.id = j.tenant_id
     WHERE j.status = 'queued' AND j.model IN (SELECT model FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
 ),
-lifted AS (SELECT id, model, rank, cost, num_tokens, standing, num_running, {LIFTED} AS fair_time FROM timed),
+lifted AS (
+    SELECT id, model, rank, cost, num_tokens, standing, num_running,
+        {LIFTED.format(of="model, tenant_id")} AS fair_time
+    FROM timed
+),
 ranked AS (
     SELECT id, row_number() OVER ahead - 1 AS num_ahead, sum(cost) OVER ahead - cost AS cost_ahead,
         sum(num_tokens) OVER ahead - num_tokens AS tokens_ahead, num_tokens FROM lifted

@@ -59,8 +59,8 @@ def lead(job: str, tenant: str) -> str:
 
 
 # A job comes no later than those of its tenant that RANK puts after it, whatever lead their priority gives them.
-LIFTED = """min(fair_time) OVER (
-    PARTITION BY tenant_id ORDER BY rank, id ROWS BETWEEN CURRENT ROW AND UNBOUNDED FOLLOWING)"""
+# Written backwards, since PostgreSQL computes a frame that begins at the current row anew for each row.
+LIFTED = """min(fair_time) OVER (PARTITION BY {of} ORDER BY rank DESC, id DESC ROWS UNBOUNDED PRECEDING)"""
 
 PROVEN_TOKENS = 16  # after this many tokens in one attempt, a job is no longer suspected of crashing engines
 
@@ -84,6 +84,9 @@ CORRECTION = "(j.num_prompt_tokens + j.num_committed_tokens - j.cost)"
 
 # What the claim of a queued job adds to it: whatever part of its cost has not been charged for earlier attempts.
 CHARGE = "(j.cost - CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_committed_tokens ELSE 0 END)"
+
+# How many slots a job takes: its cost is the prompt and what each of its sequences may generate.
+NUM_SEQUENCES = "greatest(1, (j.cost - j.num_prompt_tokens) / greatest(1, j.max_tokens))"
 
 ACCEPT = text(f"""
 WITH new AS MATERIALIZED (
@@ -164,9 +167,9 @@ counted AS (  -- a tenant that was idle starts level with the active ones, witho
                 coalesce(level.running, level.waiting) + {MAX_DEBT_TOKENS} / t.weight) END FROM level)
     FROM (SELECT tenant_id, count(*) AS queued FROM inserted GROUP BY tenant_id) change
         JOIN tenants t ON t.id = change.tenant_id
-    WHERE l.tenant_id = change.tenant_id
+    WHERE l.tenant_id = change.tenant_id RETURNING l.tenant_id, l.num_queued
 )
-SELECT id, {CLOCK} AS created_at FROM inserted
+SELECT id, {CLOCK} AS created_at, counted.num_queued FROM inserted JOIN counted USING (tenant_id)
 """)
 
 # A second statement, because only its snapshot includes the row with which our insert conflicted.
@@ -254,7 +257,7 @@ def _ranked(condition: str) -> str:
             SELECT j.id, j.priority, {RANK} AS rank, {CHARGE} AS cost FROM jobs j WHERE {due}
             ORDER BY {RANK}, j.id LIMIT (SELECT :num_rows / count(*) + 1 FROM waiting)) j
     ),
-    lifted AS (SELECT id, rank, num_running, {LIFTED} AS fair_time FROM timed),
+    lifted AS (SELECT id, rank, num_running, {LIFTED.format(of="tenant_id")} AS fair_time FROM timed),
     ranked AS (
         SELECT id, row_number() OVER (ORDER BY fair_time, num_running, rank, id) AS place FROM lifted
     )"""
@@ -264,7 +267,8 @@ def _locked_in_order(condition: str) -> str:
     """The CTE `pick(id, place)`: locks the first of `ranked` that are not locked and still meet `condition`."""
     return f"""
 pick AS MATERIALIZED (
-    SELECT j.id, r.place, j.paused_at, {CHARGE} AS charge FROM (SELECT id, place FROM ranked ORDER BY place) r
+    SELECT j.id, r.place, j.paused_at, {CHARGE} AS charge, {NUM_SEQUENCES} AS num_sequences
+    FROM (SELECT id, place FROM ranked ORDER BY place) r
     CROSS JOIN LATERAL (SELECT * FROM jobs WHERE jobs.id = r.id FOR NO KEY UPDATE SKIP LOCKED) j
     WHERE {condition} LIMIT :limit
 )"""
@@ -288,10 +292,17 @@ SELECT id FROM let_in CROSS JOIN (SELECT set_config('synchronous_commit', 'off',
 
 
 def claimed(pick: str) -> str:
-    """Claim the jobs that `pick(id, place, paused_at, charge)` has locked: increment the attempt, which fences off
-    earlier owners, start the lease, and return everything that the engine needs."""
+    """Claim the jobs that `pick(id, place, paused_at, charge, num_sequences)` has locked, as long as a slot is left for
+    them: increment the attempt, which fences off earlier owners, start the lease, and return everything that the engine
+    needs."""
     return f"""
 {pick},
+fitting AS (
+    SELECT * FROM (
+        SELECT *, coalesce(sum(num_sequences) OVER (ORDER BY place ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING), 0)
+            AS num_before FROM pick
+    ) p WHERE num_before < :num_slots
+),
 claimed AS (
     UPDATE jobs j SET status = 'in_progress', attempt = j.attempt + 1, lease_owner = :owner,
         model_revision = :model_revision,  -- the revision of all its output: of what it has, or of the first to come
@@ -300,7 +311,8 @@ claimed AS (
         paused_at = NULL, num_tokens_at_claim = j.num_committed_tokens, engine_seconds = 0,
         deadline_at = CASE WHEN j.attempt = 0 AND j.run_timeout_seconds IS NOT NULL
             THEN least(j.deadline_at, {CLOCK} + make_interval(secs => j.run_timeout_seconds)) ELSE j.deadline_at END
-    FROM pick WHERE j.id = pick.id RETURNING j.*, pick.place, pick.paused_at AS was_paused_at, pick.charge
+    FROM fitting WHERE j.id = fitting.id
+    RETURNING j.*, fitting.place, fitting.paused_at AS was_paused_at, fitting.charge
 ),
 moved AS (SELECT id, tenant_id, -1 AS queued, 1 AS running, charge FROM claimed),
 {COUNTED}
@@ -329,12 +341,13 @@ CLAIM_THESE = text(
 # The heads of the tenants' queues in the order of claims, as far as they would be read for a claim of :limit jobs.
 NEXT_IN_TURN = text(f"""
 WITH {_ranked(CLAIMABLE)}
-SELECT r.id, j.tenant_id, t.weight FROM ranked r JOIN jobs j USING (id) JOIN tenants t ON t.id = j.tenant_id
+SELECT r.id, j.tenant_id, t.weight, {NUM_SEQUENCES} AS num_sequences
+FROM ranked r JOIN jobs j USING (id) JOIN tenants t ON t.id = j.tenant_id
 ORDER BY r.place
 """)
 
-RUNNING_BY_TENANT = text("""
-SELECT j.tenant_id, t.weight, count(*)::int AS num_running FROM jobs j JOIN tenants t ON t.id = j.tenant_id
+RUNNING_BY_TENANT = text(f"""
+SELECT j.tenant_id, t.weight, sum({NUM_SEQUENCES})::int AS num_running FROM jobs j JOIN tenants t ON t.id = j.tenant_id
 WHERE j.status = 'in_progress' AND j.model = :model GROUP BY j.tenant_id, t.weight
 """)
 

@@ -7,6 +7,7 @@ only by the database's clock. The statements are in `storage/job_statements.py` 
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -165,9 +166,11 @@ def claim(
     lease_seconds: float,
     lane: Lane = Lane.STANDARD,
     min_suspicions: int = 0,
+    num_slots: float = math.inf,
 ) -> list[ClaimedJob]:
     """Claim up to `limit` queued jobs of a lane, fairest first: increment the attempt, start a lease, and return
-    request and committed chunks. Batch lines are claimed if there is no other job.
+    request and committed chunks. Batch lines are claimed if there is no other job. Of `num_slots`, each sequence takes
+    one; a job is claimed if there is one for its first.
 
     A job with output is claimed only if its revision equals `model_revision`; any other job gets this revision.
     `min_suspicions` above 0 selects those that are isolated because of crashes, not because of their tenant or as a
@@ -180,6 +183,7 @@ def claim(
         "lease_seconds": lease_seconds,
         "lane": lane.value,
         "min_suspicions": min_suspicions,
+        "num_slots": num_slots,
     }
     # Not one after another until there are enough: each locks tenants' loads in order, so two of them could deadlock.
     for min_standing in (0, -1) if lane is Lane.STANDARD else (-1,):

@@ -3,6 +3,7 @@
 The rule that is applied to it is in `gpu_worker/pausing.py`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
@@ -20,13 +21,14 @@ class NextJob:
 
     id: UUID
     tenant_id: UUID
+    num_sequences: int = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """The tenants of one model: the jobs that they run, on all workers together, and those at the head of the queue."""
+    """The tenants of one model: what they run, on all workers together, and the jobs at the head of the queue."""
 
-    num_running: Mapping[UUID, int]
+    num_running: Mapping[UUID, int]  # sequences, each of which takes a slot
     weights: Mapping[UUID, float]
     waiting: Sequence[NextJob] = ()  # in the order of claims
 
@@ -43,7 +45,7 @@ def look(session: Session, model: str, *, model_revision: str, limit: int) -> Sh
     return Shares(
         num_running={row.tenant_id: row.num_running for row in running},
         weights={row.tenant_id: row.weight for row in (*running, *waiting)},
-        waiting=[NextJob(row.id, row.tenant_id) for row in waiting],
+        waiting=[NextJob(row.id, row.tenant_id, row.num_sequences) for row in waiting],
     )
 
 
@@ -52,6 +54,7 @@ def claim_these(
 ) -> list[ClaimedJob]:
     """Like `jobs.claim`, but claims these jobs, in this order. Those that another worker has just claimed are left."""
     parameters = {"ids": list(job_ids), "limit": len(job_ids), "owner": owner, "lease_seconds": lease_seconds}
+    parameters["num_slots"] = math.inf  # as many as are given up for them
     rows = session.execute(sql.CLAIM_THESE, _claimable(model, model_revision) | parameters).all()
     return claimed_jobs(session, rows, owner=owner)
 

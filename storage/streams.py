@@ -40,6 +40,7 @@ from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus
 from domain.requests import TokenChunk
+from domain.shares import SharedTurns, current_tenant
 from storage.database import within
 from storage.job_queries import CHUNKS_PER_READ, StreamState, read_log, stream_states
 
@@ -188,6 +189,10 @@ MAX_LIVE_CHUNKS = 256  # per stream; a consumer that falls further behind catche
 
 SILENCE_SECONDS = 1.0
 
+MAX_READS = 6  # of the log at a time, over all streams
+
+MAX_WAITING = 2**17  # more than there can be streams
+
 STORAGE_RETRY_SECONDS = 0.5  # before a database that did not answer is asked again
 
 READ_SECONDS = 2.0  # then try another connection; the kernel takes ten seconds to notice a silently dead one
@@ -273,9 +278,16 @@ class StreamReader:
     async context manager."""
 
     def __init__(
-        self, redis_url: str, sessions: async_sessionmaker[AsyncSession], *, silence_seconds: float = SILENCE_SECONDS
+        self,
+        redis_url: str,
+        sessions: async_sessionmaker[AsyncSession],
+        *,
+        silence_seconds: float = SILENCE_SECONDS,
+        is_shared: bool = False,
     ) -> None:
+        """`is_shared`: there may be several tenants, who take turns at reading the log."""
         self._sessions = sessions
+        self._turns = SharedTurns(MAX_READS, max_waiting=MAX_WAITING, what="streams wait", is_shared=is_shared)
         self._silence_seconds = silence_seconds
         self._streams: dict[UUID, list[_Stream]] = {}
         self._listener = ChannelListener(redis_url, on_message=self._on_message, on_gap=self._on_gap)
@@ -342,14 +354,23 @@ class StreamReader:
         while the database is down."""
         while True:
             try:
-                reading = self._run(read_log, stream.job_id, after=stream.last, limit=CHUNKS_PER_READ)
-                state, chunks = await within(READ_SECONDS, reading)
+                state, chunks = await self._read_log_in_turn(stream)
             except (DBAPIError, PoolTimeout, TimeoutError) as exc:
                 log.warning("stream is waiting for the database: %s", exc.__class__.__name__)
                 await asyncio.sleep(STORAGE_RETRY_SECONDS)
                 continue
             stream.is_behind |= len(chunks) == CHUNKS_PER_READ
             return state, chunks
+
+    async def _read_log_in_turn(self, stream: _Stream) -> tuple[StreamState | None, Sequence[TokenChunk]]:
+        """A tenant may have thousands of streams that all have something to read."""
+        tenant_id = current_tenant.get()
+        await self._turns.take(tenant_id)
+        try:
+            reading = self._run(read_log, stream.job_id, after=stream.last, limit=CHUNKS_PER_READ)
+            return await within(READ_SECONDS, reading)
+        finally:
+            self._turns.leave(tenant_id)
 
     async def _run(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         async with self._sessions() as session:

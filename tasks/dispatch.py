@@ -40,6 +40,7 @@ from tasks.messages import (
 log = logging.getLogger(__name__)
 
 BROKER_DEADLINE_SECONDS = 0.5  # for one round trip to Redis
+MAX_REVOKED = 500  # jobs in one broadcast
 FULL_WINDOW_SECONDS = 0.25  # before a full window is tried again
 SLOTS_SECONDS = 2.0  # for which the number of live slots is known; workers report as often
 
@@ -139,6 +140,8 @@ class Dispatcher:
         self._settings = settings
         self._tasks: set[asyncio.Task[None]] = set()
         self._accepted: dict[str, list[UUID]] = {}  # by model: jobs for which no message has been sent yet
+        self._revoked: dict[UUID, None] = {}  # running jobs whose cancellation is to be broadcast
+        self._is_revoking = False
         self._windows: dict[str, tuple[int, float]] = {}  # by model: the window, and the monotonic time of its look
 
     def ring(self, model: str, job_id: UUID) -> None:
@@ -151,8 +154,12 @@ class Dispatcher:
 
     def revoke_running(self, job_id: UUID) -> None:
         """Notify all workers of a cancellation that is already in SQL, so that it takes effect within a step instead of
-        at the next chunk commit. Best effort; returns at once; event loop only."""
-        self._start(self._publish_revoke(job_id))
+        at the next chunk commit. Those that come during one broadcast go into the next: each is work for every worker.
+        Best effort; returns at once; event loop only."""
+        self._revoked[job_id] = None
+        if not self._is_revoking:
+            self._is_revoking = True
+            self._start(self._publish_revokes())
 
     async def aclose(self) -> None:
         """Wait for pushes in progress, which are bounded by the timeouts of the broker and the database."""
@@ -188,13 +195,20 @@ class Dispatcher:
         self._windows[spec.id] = window_size(self._settings, _count_ready_slots(live)), monotonic()
         return self._windows[spec.id]
 
-    async def _publish_revoke(self, job_id: UUID) -> None:
+    async def _publish_revokes(self) -> None:
         database = int(self._client.connection_pool.connection_kwargs.get("db") or 0)
         try:
-            async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
-                await self._client.publish(revoke_channel(database), revoke_message([job_id]))
+            while self._revoked:
+                job_ids = list(self._revoked)[:MAX_REVOKED]
+                for job_id in job_ids:
+                    del self._revoked[job_id]
+                async with asyncio.timeout(BROKER_DEADLINE_SECONDS):
+                    await self._client.publish(revoke_channel(database), revoke_message(job_ids))
         except REDIS_OUTAGES as exc:
-            log.warning("could not broadcast a revoke; the worker will read it in SQL: %s", type(exc).__name__)
+            self._revoked.clear()
+            log.warning("could not broadcast revokes; the workers will read them in SQL: %s", type(exc).__name__)
+        finally:
+            self._is_revoking = False
 
     def _start(self, coroutine: Any) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

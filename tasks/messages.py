@@ -94,10 +94,12 @@ def revoke_channel(database: int) -> str:
 
 
 def revoke_message(job_ids: Sequence[UUID]) -> str:
-    """The broadcast of `celery control revoke --terminate`, so that workers learn of a cancellation at once."""
+    """The broadcast of `celery control revoke --terminate`, so that workers learn of cancellations at once. `is_stored`
+    tells them that these are in SQL already."""
+    task_ids = [external_id(job_id) for job_id in job_ids]
     command = {
         "method": "revoke",
-        "arguments": {"task_id": [external_id(job_id) for job_id in job_ids], "terminate": True, "signal": "SIGTERM"},
+        "arguments": {"task_id": task_ids, "terminate": True, "signal": "SIGTERM", "is_stored": True},
         "destination": None,
         "pattern": None,
         "matcher": None,

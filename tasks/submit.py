@@ -124,6 +124,7 @@ class Submitted:
     new_job: NewJob
     cache: CacheOutcome | None = None  # None: the response cache was not asked
     record: JobRecord | None = None  # of a hit: the completed job, with its request
+    num_queued: int | None = None  # jobs of its tenant that wait, this one included; None: not known
 
 
 class Submitter:
@@ -211,7 +212,7 @@ class Submitter:
             cache = "miss" if accepted.record is None else "hit"
             labelled(response_cache_total, new_job.request.model_id, cache).inc()
         created_at = accepted.created_at or datetime.now(UTC)
-        return Submitted(accepted.job_id, is_new, created_at, new_job, cache, accepted.record)
+        return Submitted(accepted.job_id, is_new, created_at, new_job, cache, accepted.record, accepted.num_queued)
 
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
         """The job to be accepted, all limits checked; nothing is committed. Raises the CeleriacError that says what is

@@ -44,7 +44,9 @@ CLAIM_THESE = text(
     "WITH "
     + claimed(f"""
 pick AS MATERIALIZED (
-    SELECT j.id, array_position(CAST(:ids AS uuid[]), j.id) AS place, j.paused_at, {CHARGE} AS charge FROM jobs j
+    SELECT j.id, array_position(CAST(:ids AS uuid[]), j.id) AS place, j.paused_at, {CHARGE} AS charge,
+        1 AS num_sequences
+    FROM jobs j
     WHERE {THESE} ORDER BY j.id FOR NO KEY UPDATE
 )""")
 )
@@ -66,6 +68,7 @@ def claim_these(
         "model_revision": model_revision,
         "lease_seconds": lease_seconds,
         "lane": lane.value,
+        "num_slots": len(job_ids),
     }
     rows = session.execute(CLAIM_THESE, parameters).all()
     return jobs.claimed_jobs(session, rows, owner=owner)

@@ -317,7 +317,7 @@ async def _submit(
         return replace(await _found(services, tenant_id, submitted.job_id, started), is_replayed=True)
     queue = None
     if submitted.record is None:  # it waits
-        queue = services.monitor.joining(submitted.new_job)
+        queue = services.monitor.joining(submitted)
         services.monitor.accepted(submitted.new_job)
     return Run(
         services=services,

@@ -74,6 +74,9 @@ class LedgerRunner:
         with self._lock:
             self._cancelled.add(job_id)
 
+    def stop_cancelled(self, job_id: UUID) -> None:
+        self.cancel(job_id)
+
     def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
         for job_id in job_ids:
             with contextlib.suppress(FileNotFoundError):

@@ -133,6 +133,7 @@ class Rig:
     ) -> UUID:
         params = params or SamplingParams(temperature=0.0)
         request = GenerationRequest(model=model_name(MODEL, adapter), prompt="x", params=params)
+        columns = {"num_prompt_tokens": 3, "cost": 3 + params.num_sequences * max_tokens, **columns}
         job: Job = self._make_job(
             request=request,
             prompt_token_ids=PROMPT,
@@ -150,6 +151,7 @@ class Rig:
             prompt_token_ids=[token_id for token_ids in inputs for token_id in token_ids],
             input_lengths=[len(token_ids) for token_ids in inputs],
             kind=JobKind.EMBEDDING,
+            cost=3,  # of its prompt
             max_tokens=0,
             model=MODEL,
             model_revision="fake:main",

@@ -71,6 +71,15 @@ def test_a_job_that_waits_is_revoked_before_it_starts(plant: Plant, plant_events
     assert "as revoked in backend" not in plant.log()
 
 
+def test_a_revoke_of_the_api_makes_no_worker_write(plant: Plant) -> None:
+    """It has cancelled the jobs in SQL. One that waits is left to that; one that runs is stopped."""
+    *running, waiting = plant.send(3)
+    plant.wait_for("claimed", running)
+    plant.inspect("revoke", task_id=[external_id(waiting), external_id(running[0])], terminate=True, is_stored=True)
+    plant.wait_for("cancelled", running[:1])
+    plant.wait_for("claimed", [waiting])
+
+
 def test_a_revoke_of_what_is_no_job_does_nothing(plant: Plant) -> None:
     plant.inspect("revoke", task_id="not-a-job", terminate=True)
     plant.inspect("revoke", task_id=external_id(new_id()))

@@ -1,5 +1,6 @@
 """Messages: a bounded window per queue, sent again when lost, and a broker in trouble is never the API's trouble."""
 
+import base64
 import json
 import os
 import signal
@@ -22,9 +23,9 @@ from storage import workers
 from storage.database import async_session_factory, open_async_database
 from storage.tables import Job
 from tasks.dispatch import BROKER_DEADLINE_SECONDS, Dispatcher, count_waiting, dispatch, send
-from tasks.messages import MAX_RINGS, bell_key
+from tasks.messages import MAX_RINGS, bell_key, revoke_channel
 from tests.integration.consumer_harness import MakePlant, make_plant
-from tests.waiting import slowness
+from tests.waiting import slowness, wait_until
 
 __all__ = ["make_plant"]
 
@@ -179,6 +180,27 @@ async def test_a_database_that_refuses_fails_no_accept(redis_url: str, tmp_path:
     await dispatcher.aclose()
     await client.aclose()
     await database.dispose()
+
+
+async def test_a_storm_of_cancels_is_few_broadcasts(dispatcher: Dispatcher, client: redis.Redis) -> None:
+    """Each is work for every worker."""
+    channel = revoke_channel(int(client.connection_pool.connection_kwargs.get("db") or 0))
+    with client.pubsub(ignore_subscribe_messages=True) as listener:  # type: ignore[no-untyped-call]
+        listener.subscribe(channel)
+        wait_until(lambda: client.pubsub_numsub(channel)[0][1] == 1)
+        job_ids = [new_id() for _ in range(1_000)]
+        for job_id in job_ids:
+            dispatcher.revoke_running(job_id)
+        await dispatcher.aclose()
+        told: list[str] = []
+        num_broadcasts = 0
+        while len(told) < len(job_ids):
+            message = wait_until(lambda: listener.get_message(timeout=1))
+            body = json.loads(base64.b64decode(json.loads(message["data"])["body"]))
+            told += body["arguments"]["task_id"]
+            num_broadcasts += 1
+    assert told == list(map(external_id, job_ids))
+    assert num_broadcasts <= 3
 
 
 async def test_a_cancel_reaches_the_worker_that_runs_the_job(dispatcher: Dispatcher, make_plant: MakePlant) -> None:

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
+from bench.hostile_kinds import KINDS
 from bench.hostile_requests import ATTACKS, OPERATIONS, attack
 from bench.request_cost import MODEL
 from domain.catalog import Catalog, ModelSpec
@@ -35,11 +36,13 @@ def test_whatever_a_tenant_sends_another_one_can_work(
     with session_factory.begin() as session:
         one, other = (tenants.create_key(session, make_tenant().id) for _ in range(2))
 
+    attacks = [*4 * ATTACKS, *KINDS.items()]
+
     async def run(url: str) -> list[str]:
         hostile = httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {one}"}, timeout=2 * slowness())
         patient = httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {other}"}, timeout=600)
         async with hostile, patient:
-            attacking = asyncio.create_task(attack(hostile, num_requests=8 * len(ATTACKS), num_at_once=26, seed=1))
+            attacking = asyncio.create_task(attack(hostile, attacks, num_requests=len(attacks), num_at_once=26, seed=1))
             for operation in OPERATIONS:
                 await operation(patient)
             _, complaints = await attacking

@@ -17,7 +17,8 @@ from settings import Settings
 from storage import job_queues
 from storage.database import async_session_factory, open_statement_database
 from storage.job_queues import QueuePosition
-from tests.waiting import slowness, wait_until_async
+from tests.integration.api_harness import ApiServer, HandWorker, post_job
+from tests.waiting import slowness, wait_until, wait_until_async
 
 pytestmark = pytest.mark.anyio
 
@@ -67,3 +68,18 @@ async def test_an_unexpected_error_ends_neither_the_figures_nor_the_positions(
 def errors_in(caplog: pytest.LogCaptureFixture) -> set[str]:
     """Those logged with a traceback."""
     return {record.message for record in caplog.records if record.levelname == "ERROR" and record.exc_info}
+
+
+def test_a_new_job_is_not_behind_those_that_have_just_begun(
+    api_settings: Settings, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The figures do not know that yet: they are read once a second, and here never again."""
+    for name in ("REFRESH_SECONDS", "MAX_PAUSE_SECONDS", "STALE_SECONDS"):
+        monkeypatch.setattr(queue_monitor, name, 3_600.0)
+    with ApiServer(api_settings) as api, api.client() as client:
+        ahead = [post_job(client) for _ in range(2)]
+        wait_until(lambda: client.get("/v1/queue").json()["data"][0]["queued"] == 2)
+        assert post_job(client)["queue"]["position"] == 2
+        for job in ahead:
+            hand_worker.claim(job["id"])
+        assert post_job(client)["queue"]["position"] == 1

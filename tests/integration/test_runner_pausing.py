@@ -226,7 +226,10 @@ def test_texts_of_a_real_model_are_those_of_an_unpaused_run(rig: Rig, make_tenan
 
     def run() -> list[UUID]:
         tenant = make_tenant().id  # what it shares with another tenant is not in its cache
-        job_ids = [rig.add_job(max_tokens=200, params=params, tenant_id=tenant, cost=403) for params in PARAMS.values()]
+        job_ids = [
+            rig.add_job(max_tokens=200, params=params, tenant_id=tenant, cost=3 + 200 * params.num_sequences)
+            for params in PARAMS.values()
+        ]
         worker.offer(job_ids)
         return job_ids
 

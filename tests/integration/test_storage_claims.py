@@ -44,6 +44,13 @@ class TestOrder:
         urgent = make_job(priority=5)
         assert next_jobs(session, 1) == [urgent.id]
 
+    def test_each_sequence_takes_a_slot(self, session: Session, make_job: MakeJob) -> None:
+        """A job of which only a part finds room is the last."""
+        ids = [make_job(max_tokens=10, num_prompt_tokens=5, cost=5 + 10 * number).id for number in (4, 3, 1, 1)]
+        assert next_jobs(session, 8, num_slots=6) == ids[:2]
+        assert next_jobs(session, 8, num_slots=1) == ids[2:3]
+        assert next_jobs(session, 8) == ids[3:]
+
     def test_isolated_jobs_and_other_models_are_left(self, session: Session, make_job: MakeJob) -> None:
         make_job(lane=Lane.ISOLATED)
         make_job(model="another")

@@ -1,5 +1,8 @@
 """The statements stay cheap where the planner knows least."""
 
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -8,10 +11,10 @@ from sqlalchemy import TextClause, select, text, update
 from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus
-from storage import job_ends, job_statements
+from storage import job_accept, job_ends, job_queues, job_statements
 from storage.tables import Job, TenantLoad
-from tests.conftest import MakeJob
-from tests.storage_samples import MODEL, chunk, result
+from tests.conftest import MakeJob, MakeTenant
+from tests.storage_samples import MODEL, chunk, new_job, result
 
 
 def flush_parameters(ids: list[UUID]) -> dict[str, Any]:
@@ -36,6 +39,7 @@ def flush_parameters(ids: list[UUID]) -> dict[str, Any]:
         "limit": len(ids),
         "num_tenants": len(ids) + 8,
         "num_rows": 2 * len(ids) + 16,
+        "num_slots": len(ids),
     }
     claim |= {"model_revision": "main", "lane": "standard", "min_suspicions": 0, "min_standing": 0}
     return {**job_ends.ERRORS, **lists, **claim, "lease_seconds": 60, "owner": uuid4()}
@@ -94,3 +98,20 @@ def _sum_rows(node: dict[str, Any]) -> float:
     removed = node.get("Rows Removed by Join Filter", 0) + node.get("Rows Removed by Filter", 0)
     touched = float((node["Actual Rows"] + removed) * node["Actual Loops"])
     return touched + sum(_sum_rows(child) for child in node.get("Plans", []))
+
+
+def test_ranking_a_long_queue_costs_in_proportion(session: Session, make_tenant: MakeTenant) -> None:
+    """Whoever asks for the place of one job waits for the ranking of all, those of other tenants included."""
+    tenants, jobs = [make_tenant().id for _ in range(2)], [new_job() for _ in range(1_600)]
+    seconds = []
+    for some in (jobs[:200], jobs[200:]):
+        of_both = [replace(job, tenant_id=tenants[number % 2]) for number, job in enumerate(some)]
+        job_accept.accept(session, of_both, max_queued_jobs=len(jobs))
+        seconds.append(min(_seconds_of(job_queues.positions, session, [some[0].id]) for _ in range(4)))
+    assert seconds[1] < 20 * seconds[0], "eight times as many; in proportion to the square, it would be sixty times"
+
+
+def _seconds_of(function: Callable[..., object], *arguments: object) -> float:
+    began_at = time.perf_counter()
+    assert function(*arguments)
+    return time.perf_counter() - began_at

@@ -30,7 +30,7 @@ def exchanges(
     may_leave = [Candidate(uuid4(), tenant, 0, num_quanta) for tenant, number in running.items() for _ in range(number)]
     weights = {tenant: (weights or {}).get(tenant, 1.0) for tenant in {*running, *waiting}}
     seen = Shares(running, weights, [NextJob(uuid4(), tenant) for tenant in waiting])
-    return [(job.tenant_id, one.tenant_id) for job, one in choose(seen, may_leave)]
+    return [(job.tenant_id, one.tenant_id) for job, leaving in choose(seen, may_leave) for one in leaving]
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,27 @@ def test_the_tenant_that_has_most_gives_first_or_the_one_that_has_run_longest() 
     seen = Shares({A: 1, B: 1}, {A: 1.0, B: 1.0, C: 1.0}, [NextJob(uuid4(), C), NextJob(uuid4(), C)])
     for order in (1, -1):
         may_leave = [Candidate(uuid4(), A, 0, 3.0), Candidate(uuid4(), B, 0, 2.0)][::order]
-        assert [leaving.tenant_id for _, leaving in choose(seen, may_leave)] == [A], "and only one"
+        assert [one.tenant_id for _, leaving in choose(seen, may_leave) for one in leaving] == [A], "and only one"
+
+
+def test_each_sequence_of_a_job_is_a_slot() -> None:
+    """One job with eight sequences holds as much as eight jobs, and takes as much."""
+    weights = {A: 1.0, B: 1.0}
+    wide, one = Candidate(uuid4(), A, 0, 1.0, num_sequences=8), NextJob(uuid4(), B)
+    assert choose(Shares({A: 8, B: 1}, weights, [one]), [wide]) == [], "its tenant runs something"
+    assert choose(Shares({A: 8}, weights, [one, one]), [wide]) == [(one, [wide])]
+    narrow = [Candidate(uuid4(), A, 0, 1.0) for _ in range(8)]
+    [(_, leaving)] = choose(Shares({A: 8}, weights, [NextJob(uuid4(), B, num_sequences=3)]), narrow)
+    assert len(leaving) == 3
+    [(_, leaving)] = choose(Shares({A: 8}, weights, [NextJob(uuid4(), B, num_sequences=8)]), narrow)
+    assert len(leaving) == 4, "up to its share"
 
 
 def test_what_other_workers_run_counts_and_stays_there() -> None:
     """Here runs none of the tenant that has too much."""
     seen = Shares({A: 7, B: 1}, {A: 1.0, B: 1.0, C: 1.0}, [NextJob(uuid4(), C)])
     assert choose(seen, [Candidate(uuid4(), B, 0, 9.0)]) == []
-    [(_, leaving)] = choose(seen, [Candidate(uuid4(), B, 0, 9.0), Candidate(uuid4(), A, 0, 1.0)])
+    [(_, [leaving])] = choose(seen, [Candidate(uuid4(), B, 0, 9.0), Candidate(uuid4(), A, 0, 1.0)])
     assert leaving.tenant_id == A
 
 
@@ -92,7 +105,7 @@ def test_the_least_urgent_job_leaves_and_of_equals_the_newest() -> None:
     )
     seen = Shares({A: 4}, {A: 1.0, B: 1.0}, [NextJob(uuid4(), B), NextJob(uuid4(), B)])
     for may_leave in ([low, old, new, high], [high, new, old, low]):
-        assert [leaving for _, leaving in choose(seen, may_leave)] == [low, new]
+        assert [one for _, leaving in choose(seen, may_leave) for one in leaving] == [low, new]
 
 
 class TestWhichJobsMayLeave:
