@@ -34,7 +34,8 @@ ENGINES := llama_cpp
 ENGINES_FOLDER := $(or $(CELERIAC_DATA_DIR),.celeriac)/engines
 ENGINE_TESTS := tests/integration/test_engine_contract.py tests/integration/test_engine_contract_sampling.py \
 	tests/integration/test_engine_environments.py tests/integration/test_engine_llama_cpp.py \
-	$(foreach engine,$(ENGINES),$(wildcard tests/real_models/test_$(engine).py))
+	$(foreach engine,$(ENGINES),$(wildcard tests/real_models/test_$(engine).py)) \
+	$(if $(filter vllm,$(ENGINES)),tests/real_models/test_remote.py)
 
 FUZZ_REQUESTS := 20000
 SECONDS := 1800

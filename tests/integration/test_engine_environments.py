@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import distribution
 from pathlib import Path
 
+import psutil
 import pytest
 
 from domain.catalog import LlamaCppOptions, ModelSpec
@@ -18,7 +19,7 @@ from gpu_worker.engine_process.frames import AddJob, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from local.engine_environments import LIGHT_PACKAGES
 from tests import llama_cpp_model, vllm_model
-from tests.waiting import wait_until
+from tests.waiting import slowness, wait_until
 
 #: What the light packages need themselves, as far as an engine imports it.
 THEIR_NEEDS = ("annotated-types", "pydantic-core", "python-dotenv", "typing-extensions", "typing-inspection")
@@ -209,6 +210,32 @@ def test_a_text_goes_on_after_a_kill_in_vllms_own_environment(
     assert engines.exit().exit_code == -signal.SIGKILL
     engines.start()
     assert committed + engines.run(committed, num_tokens=7) == whole
+
+
+def test_an_engine_that_vllm_splits_leaves_no_process_behind_when_it_is_killed(
+    started: list[Engines], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    spec = ModelSpec(
+        id="mini",
+        path=str(llama_cpp_model.MINI),
+        backend="vllm",
+        max_model_len=128,
+        max_num_seqs=2,
+        kv_cache_tokens=1024,
+        vllm={"enforce_eager": True, "tensor_parallel_size": 2},
+        python=vllm_model.python(),
+    )
+    engines = start_engines(started, spec)
+    pid = engines.start()
+    assert len(engines.run()) == 10
+    parts = psutil.Process(pid).children(recursive=True)
+    assert len(parts) >= 2
+    os.kill(pid, signal.SIGKILL)
+    assert engines.exit().exit_code == -signal.SIGKILL
+    _, alive = psutil.wait_procs(parts, timeout=30 * slowness())
+    assert not alive
 
 
 def test_an_argument_that_vllm_does_not_have_is_told_by_name(started: list[Engines]) -> None:

@@ -84,6 +84,8 @@ ANSWERS: list[tuple[list[dict[str, object]], list[Piece]]] = [
         [ReasoningPiece("Hm."), CallName(0, "go"), CallArguments(0, '{"at": 3}'), CallName(1, "stop"),
          CallArguments(1, "{}")],
     ),
+    ([called(0, "{", "go"), called(0, "}", "go"), called(0, "", "go"), delta("tool_calls")],  # as llama-cpp-python
+     [CallName(0, "go"), CallArguments(0, "{}")]),
     ([delta(content="I go."), called(0, '{"at": "}"}', "go"), delta("tool_calls")],
      [ContentPiece("I go."), CallName(0, "go"), CallArguments(0, '{"at": "}"}')]),
 ]  # fmt: skip

@@ -167,7 +167,7 @@ class ChatReader:
         key = _CallKey(None if index is None else int(index), _text(call, "id"))
         name, arguments = _text(function, "name"), _text(function, "arguments")
         begun = ""
-        if self._is_another(key, name):
+        if self._is_another(key, name, is_empty=not arguments.strip()):
             if not name or key.id in self._ended or key.is_before(self._call):
                 raise ValueError("a call out of order")
             begun = f'{self._end_thought()}{self._end_call()}<tool_call>\n{{"name": {json.dumps(name)}, "arguments": '
@@ -178,9 +178,9 @@ class ChatReader:
             self._are_complete = self._are_complete or self._arguments.end_in(arguments) is not None
         return begun + arguments
 
-    def _is_another(self, key: _CallKey, name: str) -> bool:
+    def _is_another(self, key: _CallKey, name: str, *, is_empty: bool) -> bool:
         """Whether this begins a call. Servers that send whole calls may leave out the index, or write 0 for each; and
-        some repeat the name, or invent an id, with every piece of one call."""
+        some repeat the name, or invent an id, with every piece of one call, also with an empty one at its end."""
         current = self._call
         if current is None:
             return True
@@ -188,6 +188,8 @@ class ChatReader:
             return True
         if key.id and key.id in self._ended:
             return True
+        if key.id and key.id == current.id and is_empty:
+            return False
         return bool(name) and (self._are_complete or bool(key.id and key.id != current.id))
 
     def _end_call(self) -> str:
