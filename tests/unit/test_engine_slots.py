@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from domain.jobs import FinishReason
 from gpu_worker.engine import llama_cpp
-from gpu_worker.engine.llama_cpp.slots import SPARE_CELLS, SlotPool
+from gpu_worker.engine.llama_cpp.slots import MAX_TURNS, SPARE_CELLS, SlotPool
 from gpu_worker.engine.sequence import Sequence
 from tests.engine_parts import extend, make_sequence, make_sequences
 
@@ -28,9 +29,10 @@ class Cells:
         self.lengths[destination] = num_tokens
 
 
-def make_pool(*, num_cells: int = 100, can_share: bool = True) -> tuple[SlotPool, Cells]:
+def make_pool(*, num_cells: int = 100, can_share: bool = True, num_at_once: int = 3) -> tuple[SlotPool, Cells]:
     cells = Cells()
-    return SlotPool(cells, num_slots=3, num_cells=num_cells, can_share=can_share), cells
+    pool = SlotPool(cells, num_at_once=num_at_once, num_slots=3, num_cells=num_cells, can_share=can_share)
+    return pool, cells
 
 
 def enter(pool: SlotPool, cells: Cells, prompt: list[int], **changes: Any) -> Sequence:
@@ -97,6 +99,33 @@ def test_an_admission_leaves_room_for_those_that_run() -> None:
     enter(pool, cells, [1, 2])
     assert not pool.admit(make_sequence([9] * 9), num_spare=1)
     assert pool.admit(make_sequence([9] * 8), num_spare=1)
+
+
+def test_a_slot_beyond_those_that_run_keeps_an_interrupted_text_and_no_finished_one() -> None:
+    """Each cell in use makes steps slower."""
+    pool, cells = make_pool(num_at_once=1)
+    for number in range(4):
+        done = enter(pool, cells, [number, number])
+        done.finish(FinishReason.STOP)
+        pool.free(done)
+        assert sum(cells.lengths) == 2
+    pool.free(enter(pool, cells, [7, 8, 9]))
+    for number in range(4):
+        done = enter(pool, cells, [number, number, number])
+        done.finish(FinishReason.STOP)
+        pool.free(done)
+    assert sum(cells.lengths) == 6
+    assert enter_fresh(pool, [7, 8, 9]) == 2
+
+
+def test_an_interrupted_text_that_does_not_come_back_is_not_awaited_for_ever() -> None:
+    pool, cells = make_pool(num_at_once=1)
+    pool.free(enter(pool, cells, [7, 8, 9]))
+    for number in range(3 * MAX_TURNS + 2):
+        done = enter(pool, cells, [100 + number])
+        done.finish(FinishReason.STOP)
+        pool.free(done)
+    assert sum(cells.lengths) == 1
 
 
 def test_siblings_start_on_their_prompt_but_for_its_last_token() -> None:

@@ -22,7 +22,13 @@ class LlamaCppBackend:
         model.refuse_other_tokenizer(tokenizer)
         end_token_ids = read_end_token_ids(folder, tokenizer) | model.end_token_ids()
         limits = ModelLimits(model.vocab_size, spec.max_model_len, end_token_ids)
-        pool = SlotPool(model, num_slots=model.num_slots, num_cells=model.num_cells, can_share=model.can_cut)
+        pool = SlotPool(
+            model,
+            num_at_once=spec.max_num_seqs,
+            num_slots=model.num_slots,
+            num_cells=model.num_cells,
+            can_share=model.can_cut,
+        )
         scheduler = Scheduler(
             pool,
             max_num_seqs=spec.max_num_seqs,

@@ -4,6 +4,9 @@ llama.cpp keeps keys and values in cells, each of which may belong to several of
 slots. A slot keeps its tokens after its sequence has left, until it or its cells are needed: a text that begins with
 the same tokens takes the slot over, or shares the cells of a slot in use.
 
+A step looks at all cells in use, so kept ones are not free: no more slots are filled than sequences may run at once,
+except for beginnings of texts that were interrupted, and are likely to come back.
+
 The count of cells is cautious: shared ones count for each slot.
 """
 
@@ -18,6 +21,7 @@ from gpu_worker.engine.kv_cache import BlockCopy
 from gpu_worker.engine.sequence import Sequence
 
 SPARE_CELLS = 16  # left free for each running sequence at an admission
+MAX_TURNS = 4  # an interrupted text is awaited for so many admissions per slot
 
 
 class SlotMemory(Protocol):
@@ -37,6 +41,7 @@ class Slot:
     num_cells: int = 0  # reserved by the user, or taken by what is kept
     kept: list[int] = field(default_factory=list)  # tokens of the last user, if there is no user now
     salt: str = ""
+    is_awaited: bool = False  # the last user was interrupted, and is likely to come back
     last_use: int = 0
 
     def tokens(self) -> list[int]:
@@ -51,8 +56,12 @@ class Slot:
 class SlotPool:
     """As kv_cache.py's BlockPool is to the scheduler; a sequence's only block id is its slot."""
 
-    def __init__(self, memory: SlotMemory, *, num_slots: int, num_cells: int, can_share: bool) -> None:
-        """`can_share` is False for models with a state that cannot be cut (recurrent ones)."""
+    def __init__(
+        self, memory: SlotMemory, *, num_at_once: int, num_slots: int, num_cells: int, can_share: bool
+    ) -> None:
+        """`num_at_once` sequences run at most. `can_share` is False for models with a state that cannot be cut
+        (recurrent ones)."""
+        self._num_at_once = num_at_once
         self._num_cells = num_cells
         self.use_prefix_cache = can_share
         self._memory = memory
@@ -69,12 +78,10 @@ class SlotPool:
 
     def admit(self, sequence: Sequence, *, num_spare: int) -> bool:
         """Give a waiting sequence a slot and cells for all its tokens, on the longest beginning that is there."""
-        free = [slot for slot in self._slots if slot.user is None]
-        if not free:
+        if all(slot.user is not None for slot in self._slots):
             return False
         source, num_shared = self._longest_prefix(sequence)
-        oldest = min(free, key=lambda slot: slot.last_use)
-        slot = source if source is not None and source.user is None else oldest
+        slot = source if source is not None and source.user is None else self._least_missed()
         if not self._make_room(len(sequence.token_ids) - slot.num_cells + num_spare * SPARE_CELLS, keep=slot):
             return False
         if source is slot:
@@ -88,10 +95,9 @@ class SlotPool:
 
     def fork(self, parent: Sequence, child: Sequence, *, num_spare: int) -> tuple[BlockCopy, ...] | None:
         """Start `child` on its parent's prompt, except for the last token. None if there is no room."""
-        free = [slot for slot in self._slots if slot.user is None]
-        if not free:
+        if all(slot.user is not None for slot in self._slots):
             return None
-        slot = min(free, key=lambda slot: slot.last_use)
+        slot = self._least_missed()
         if not self._make_room(len(child.token_ids) - slot.num_cells + num_spare * SPARE_CELLS, keep=slot):
             return None
         num_shared = child.num_prompt_tokens - 1
@@ -119,6 +125,8 @@ class SlotPool:
         slot.user = None
         slot.kept = sequence.token_ids[: sequence.num_computed_tokens] if self.use_prefix_cache else []
         slot.salt = sequence.job.cache_salt
+        slot.is_awaited = bool(slot.kept) and not sequence.is_finished
+        slot.last_use = self._num_uses
         slot.num_cells = len(slot.kept)
         self._memory.truncate(slot.number, len(slot.kept))
         sequence.block_ids = []
@@ -136,10 +144,31 @@ class SlotPool:
     def _slot_of(self, sequence: Sequence) -> Slot:
         return self._slots[sequence.block_ids[0]]
 
+    def _least_missed(self) -> Slot:
+        """The free slot that a text without a beginning of its own takes."""
+        for slot in self._slots:
+            if self._num_uses - slot.last_use > MAX_TURNS * len(self._slots):
+                slot.is_awaited = False
+        free = sorted((slot for slot in self._slots if slot.user is None), key=lambda slot: slot.last_use)
+        empty = [slot for slot in free if not slot.kept]
+        done = [slot for slot in free if slot.kept and not slot.is_awaited]
+        num_running = len(self._slots) - len(free)
+        if empty and (not done or num_running + len(done) < self._num_at_once):
+            return empty[0]
+        num_surplus = max(0, num_running + len(done) - self._num_at_once)  # they were awaited in vain
+        for slot in done[1 : 1 + num_surplus]:
+            self._empty(slot)
+        return (done or free)[0]
+
+    def _empty(self, slot: Slot) -> None:
+        slot.kept, slot.num_cells, slot.is_awaited = [], 0, False
+        self._memory.truncate(slot.number, 0)
+
     def _take(self, slot: Slot, sequence: Sequence, num_shared: int) -> None:
         self._num_uses += 1
         slot.user, slot.kept, slot.salt, slot.last_use = sequence, [], sequence.job.cache_salt, self._num_uses
         slot.num_cells = len(sequence.token_ids)
+        slot.is_awaited = False
         sequence.block_ids = [slot.number]
         sequence.num_computed_tokens = num_shared
 
@@ -163,12 +192,11 @@ class SlotPool:
         if num_more > num_left + num_idle:
             return False
         idle = [slot for slot in self._slots if slot.user is None and slot is not keep and slot.num_cells]
-        for slot in sorted(idle, key=lambda slot: slot.last_use):
+        for slot in sorted(idle, key=lambda slot: (slot.is_awaited, slot.last_use)):
             if num_more <= num_left:
                 break
             num_left += slot.num_cells
-            slot.kept, slot.num_cells = [], 0
-            self._memory.truncate(slot.number, 0)
+            self._empty(slot)
         return True
 
 
