@@ -52,7 +52,7 @@ async def list_tenants(request: Request) -> Response:
 @router.post("/v1/admin/tenants", responses={200: {"model": TenantAdminView}}, openapi_extra=request_body(TenantBody))
 async def create_tenant(request: Request) -> Response:
     body = await read_model(request, TenantBody)
-    return json_response(await services_of(request).system_write(_create_tenant, body, _actor_of(request)))
+    return json_response(await services_of(request).system_write(_create_tenant, body, actor_of(request)))
 
 
 @router.get("/v1/admin/tenants/{tenant}", responses={200: {"model": TenantAdminView}})
@@ -68,13 +68,13 @@ async def read_tenant(tenant: str, request: Request) -> Response:
 async def change_tenant(tenant: str, request: Request) -> Response:
     """Change, limit, disable or enable it. Every API process follows within five seconds."""
     body = await read_model(request, TenantChangesBody)
-    return json_response(await services_of(request).system_write(_change_tenant, tenant, body, _actor_of(request)))
+    return json_response(await services_of(request).system_write(_change_tenant, tenant, body, actor_of(request)))
 
 
 @router.delete("/v1/admin/tenants/{tenant}", responses={200: {"model": DeletedView}})
 async def delete_tenant(tenant: str, request: Request) -> Response:
     """Delete it with its keys, files and webhooks; refused while it has jobs."""
-    await services_of(request).system_write(administration.delete_tenant, tenant, actor=_actor_of(request))
+    await services_of(request).system_write(administration.delete_tenant, tenant, actor=actor_of(request))
     return json_response({"id": tenant, "object": "tenant", "deleted": True})
 
 
@@ -89,7 +89,7 @@ async def list_keys(request: Request) -> Response:
 async def create_key(request: Request) -> Response:
     """Only this answer contains the key."""
     body = await read_model(request, KeyBody)
-    answer = await services_of(request).system_write(_create_key, body, _actor_of(request))
+    answer = await services_of(request).system_write(_create_key, body, actor_of(request))
     return json_response(answer, headers=NOT_STORED)
 
 
@@ -107,7 +107,7 @@ async def read_key(key_id: str, request: Request) -> Response:
 async def change_key(key_id: str, request: Request) -> Response:
     """Limit, disable or enable it. Every API process follows within five seconds, and so do open streams."""
     body = await read_model(request, KeyChangesBody)
-    return json_response(await services_of(request).system_write(_change_key, key_id, body, _actor_of(request)))
+    return json_response(await services_of(request).system_write(_change_key, key_id, body, actor_of(request)))
 
 
 @router.post(
@@ -122,14 +122,14 @@ async def rotate_key(key_id: str, request: Request) -> Response:
     if raw:
         require_json(request)
     body = await off_loop(request, parse_model, raw or b"{}", KeyRotationBody)
-    answer = await services_of(request).system_write(_rotate_key, key_id, body, _actor_of(request))
+    answer = await services_of(request).system_write(_rotate_key, key_id, body, actor_of(request))
     return json_response(answer, headers=NOT_STORED)
 
 
 @router.delete("/v1/admin/keys/{key_id}", responses={200: {"model": DeletedView}})
 async def delete_key(key_id: str, request: Request) -> Response:
     """Its jobs stay."""
-    await services_of(request).system_write(administration.delete_key, key_id, actor=_actor_of(request))
+    await services_of(request).system_write(administration.delete_key, key_id, actor=actor_of(request))
     return json_response({"id": key_id, "object": "api_key", "deleted": True})
 
 
@@ -142,7 +142,7 @@ async def list_audit(request: Request) -> Response:
     return json_response(page([audit_entry_view(entry) for entry in found], query.limit))
 
 
-def _actor_of(request: Request) -> str:
+def actor_of(request: Request) -> str:
     key_id: str | None = request.state.key_id
     return "no key" if key_id is None else f"key {key_id}"
 

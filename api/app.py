@@ -18,6 +18,7 @@ from api import (
     durable_streams,
     health,
     jobs,
+    model_pulls,
     scores,
     simple,
     stream_tokens,
@@ -96,6 +97,7 @@ ROUTERS = (
     health.public,
     admin.router,
     admin_keys.router,
+    model_pulls.router,
 )
 
 

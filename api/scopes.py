@@ -103,6 +103,11 @@ GET /metrics
 _ADMIN = """
 GET /v1/admin/models
 GET /v1/admin/queue
+GET /v1/admin/models/known
+GET /v1/admin/models/pulls
+POST /v1/admin/models/pulls
+GET /v1/admin/models/pulls/{name}
+POST /v1/admin/models/pulls/{name}/cancel
 POST /v1/admin/models/{model:path}/load
 POST /v1/admin/models/{model:path}/unload
 POST /v1/admin/workers/{hostname}/drain

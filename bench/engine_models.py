@@ -3,9 +3,9 @@
 import subprocess
 from pathlib import Path
 
-from celeriac.store.known import known_models
-from celeriac.store.sources import FolderSource
+from celeriac.store.sources import FolderSource, source_of
 from celeriac.store.store import ModelStore, Wanted
+from domain.model_sources import known_models
 
 NAME = "smollm2-135m"
 QUANTISE = """
@@ -38,7 +38,7 @@ class Models:
     def safetensors(self) -> Path:
         """Converted from the four-bit file."""
         known = known_models()[NAME]
-        wanted = Wanted(f"bench-{NAME}", known.source, num_bytes=known.num_bytes, sha256=known.sha256)
+        wanted = Wanted(f"bench-{NAME}", source_of(known), num_bytes=known.num_bytes, sha256=known.sha256)
         self._store.pull(wanted, SilentPull())
         return self._store.path(wanted.name)
 

@@ -30,7 +30,7 @@ def refuse_unknown_models(settings: "Settings") -> None:
 
 
 def refuse_unknown_default(settings: "Settings", catalog: "Catalog") -> None:
-    from celeriac.store.known import known_models
+    from domain.model_sources import known_models
 
     name = settings.default_model
     if name is None or name in {entry.id for entry in catalog.entries} | catalog.unavailable.keys():

@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from celeriac.options import json_option, print_json
+from celeriac.options import connection_options, json_option, open_client, print_json
 
 if TYPE_CHECKING:
-    from celeriac.store.known import KnownModel
     from celeriac.store.store import GgufBackend, Manifest, ModelStore, Wanted
     from domain.catalog import Catalog
+    from domain.model_sources import KnownModel
 
 
 @click.group(invoke_without_command=True)
+@json_option
 @click.pass_context
-def models(context: click.Context) -> None:
+def models(context: click.Context, as_json: bool) -> None:
     """List, pull, check and remove models.
 
     \b
@@ -26,7 +27,7 @@ def models(context: click.Context) -> None:
     celeriac up --model smollm2-135m        serve it
     """
     if context.invoked_subcommand is None:
-        context.invoke(list_models)
+        context.invoke(list_models, as_json=as_json)
 
 
 @models.command("list")
@@ -37,8 +38,8 @@ def list_models(as_json: bool = False) -> None:
     These are the models in models.toml, those that were pulled, and those that can be pulled by name.
     """
     from celeriac.checks import read_catalog
-    from celeriac.store.known import known_models
     from celeriac.tables import known_models_table, models_table, show, stored_models_table
+    from domain.model_sources import known_models
     from local.lock import settings_here
     from text.models import files_at_fault
 
@@ -75,7 +76,10 @@ def list_models(as_json: bool = False) -> None:
     help="Engine for a GGUF file; transformers has it converted.  [default: llama_cpp if it is installed]",
 )
 @click.option("--accept-licence", is_flag=True, help="Accept the model's terms, if it has any.")
-def pull_model(source: str, name: str | None, task: str | None, backend: str | None, accept_licence: bool) -> None:
+@json_option
+def pull_model(
+    source: str, name: str | None, task: str | None, backend: str | None, accept_licence: bool, as_json: bool
+) -> None:
     """Fetch a model, check it, and store it here.
 
     SOURCE is a name from `celeriac models list`, or one of:
@@ -90,15 +94,38 @@ def pull_model(source: str, name: str | None, task: str | None, backend: str | N
     nothing; run it again. A running API lists the model within seconds; start a worker for it with
     celeriac worker --model NAME.
     """
-    from celeriac.terminal import PullPrinter, plain_console
+    from celeriac.terminal import PullPrinter, PullReporter, plain_console
 
-    with _explained(), PullPrinter(plain_console(stderr=True)) as printer:
+    with _explained(), PullReporter() if as_json else PullPrinter(plain_console(stderr=True)) as printer:
         wanted = replace(
             _wanted(source, name, task, is_accepted=accept_licence), gguf_backend=_gguf_backend(backend, task)
         )
         manifest = _store().pull(wanted, printer)
+    if as_json:
+        print_json(_manifest_json(manifest))
+        return
     click.echo(f"Stored {manifest.name}: {manifest.num_bytes / 1e6:,.0f} MB from {manifest.source}.")
     click.echo(f"Serve it: celeriac up --model {manifest.name}")
+
+
+@models.command("pulls")
+@connection_options
+@json_option
+def list_pulls(url: str | None, key: str | None, as_json: bool) -> None:
+    """List the models that were asked for over HTTP, with their progress.
+
+    Maintenance fetches them. If keys are required, this needs an admin key.
+    """
+    from celeriac.tables import pulls_table, show
+
+    with open_client(url, key) as client:
+        pulls = client.model_pulls()
+    if as_json:
+        print_json(pulls)
+    elif pulls:
+        show(pulls_table(pulls))
+    else:
+        click.echo("Nothing was pulled over HTTP; here, pull a model with celeriac models pull NAME", err=True)
 
 
 @models.command("check")
@@ -146,13 +173,20 @@ def _as_json(
             for entry in catalog
         ],
         "unavailable": dict(catalog.unavailable),
-        "pulled": [
-            {"id": one.name, "source": one.source, "bytes": one.num_bytes, "licence": one.licence} for one in manifests
-        ],
+        "pulled": [_manifest_json(one) for one in manifests],
         "known": [
             {"name": name, "bytes": known.num_bytes, "licence": known.licence, "title": known.title}
             for name, known in known_by_name.items()
         ],
+    }
+
+
+def _manifest_json(manifest: "Manifest") -> dict[str, Any]:
+    return {
+        "id": manifest.name,
+        "source": manifest.source,
+        "bytes": manifest.num_bytes,
+        "licence": manifest.licence,
     }
 
 
@@ -166,9 +200,9 @@ def _store() -> "ModelStore":
 def _wanted(text: str, name: str | None, task: str | None, *, is_accepted: bool) -> "Wanted":
     """The model that the command line describes. Raises ModelRefused, also if its terms were not accepted."""
     from celeriac.store.files import ModelRefused
-    from celeriac.store.known import known_models
-    from celeriac.store.sources import parse_source
-    from celeriac.store.store import Wanted, name_of
+    from celeriac.store.sources import parse_source, source_of
+    from celeriac.store.store import Wanted
+    from domain.model_sources import known_models, name_of
 
     known = known_models().get(text)
     if known is None:
@@ -179,7 +213,7 @@ def _wanted(text: str, name: str | None, task: str | None, *, is_accepted: bool)
         )
     return Wanted(
         name or text,
-        known.source,
+        source_of(known),
         num_bytes=known.num_bytes,
         sha256=known.sha256,
         licence=known.licence,

@@ -11,9 +11,9 @@ from rich.table import Column, Table
 from celeriac.client import JobSnapshot
 
 if TYPE_CHECKING:
-    from celeriac.store.known import KnownModel
     from celeriac.store.store import Manifest
     from domain.catalog import Catalog
+    from domain.model_sources import KnownModel
 
 PIPE_WIDTH = 10_000  # characters per line if the output is not a terminal
 
@@ -157,6 +157,17 @@ def known_models_table(known_by_name: Mapping[str, "KnownModel"]) -> Table:
     for name, known in known_by_name.items():
         licence = f"{known.licence} (--accept-licence)" if known.must_accept else known.licence
         table.add_row(name, f"{known.num_bytes / 1e6:,.0f} MB", licence, known.title)
+    return table
+
+
+def pulls_table(pulls: Iterable[Mapping[str, Any]]) -> Table:
+    """Pulls as the admin API describes them."""
+    table = table_of("model", "status", "source", "progress", folded="progress")
+    for pull in pulls:
+        done = f"{pull['bytes'] / 1e6:,.0f} MB" if pull["bytes"] else ""
+        total = f" of {pull['total_bytes'] / 1e6:,.0f} MB" if pull["total_bytes"] else ""
+        progress = f"{pull['step']} {done}{total}".strip() if pull["status"] == "running" else pull["error"] or ""
+        table.add_row(pull["id"], pull["status"], pull["source"], escape(progress))
     return table
 
 

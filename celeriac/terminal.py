@@ -22,7 +22,10 @@ from rich.progress import (
 )
 
 from celeriac.client import BatchSnapshot, Client, ClientError, StreamEvent
+from celeriac.options import print_json
 from celeriac.tables import with_percent
+
+REPORT_SECONDS = 0.5  # between two reports on one step of a pull
 
 
 class Board:
@@ -56,6 +59,38 @@ class Board:
         self._progress.stop_task(task_id)  # stops its clock, too
         if not self._console.is_terminal:
             self._console.print(f"{title} is ready after {time.monotonic() - begun_at:.1f} s")
+
+
+class PullReporter:
+    """The progress of a pull for programs: a line of JSON at each step, and at most every half second within one."""
+
+    def __init__(self) -> None:
+        self._said: dict[str, Any] = {}
+        self._said_at = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        pass
+
+    def begin(self, what: str, num_bytes: int | None) -> None:
+        self._said = {"step": what, "bytes": 0, "total_bytes": num_bytes}
+        self._say()
+
+    def advance(self, num_bytes: int) -> None:
+        self._said["bytes"] = self._said.get("bytes", 0) + num_bytes
+        if time.monotonic() - self._said_at >= REPORT_SECONDS:
+            self._say()
+
+    def wait(self, why: str) -> None:
+        self.begin(why, None)
+
+    def _say(self) -> None:
+        self._said_at = time.monotonic()
+        print_json(self._said)
 
 
 class PullPrinter:

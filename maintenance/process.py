@@ -1,4 +1,4 @@
-"""The maintenance process: janitor, batches and webhooks, each on its own clock, and a port for health and metrics.
+"""The maintenance process: janitor, batches, webhooks and pulls of models, and a port for health and metrics.
 
 The clocks are tasks of one event loop. Blocking work runs on each clock's own thread, so a clock that hangs or fails
 does not stop the others. None of them needs Redis to tick. Any number of these processes may run, since rows are
@@ -32,6 +32,7 @@ from domain.jobs import AttemptOutcome
 from maintenance.batches import BatchWork
 from maintenance.callbacks import CallbackPublisher
 from maintenance.janitor import Janitor
+from maintenance.model_pulls import ModelPuller
 from maintenance.webhooks import WebhookSender
 from metrics import Process, maintenance_seconds_since_last_tick, registries
 from observability import EventLoopMonitor, configure_logging, describe_exception
@@ -97,9 +98,11 @@ class Maintenance:
             session_factory(sync_database), _redis_client(settings), catalog, settings, on_tick=self.janitor.tick
         )
         batches = BatchWork(session_factory(sync_database), views, settings, on_turn=self.batches.tick)
+        puller = ModelPuller(session_factory(sync_database))
         work = [
             asyncio.create_task(self._keep_ticking(self.janitor.name, janitor.tick)),
             asyncio.create_task(self._keep_ticking(self.batches.name, batches.tick, at_the_end=batches.close)),
+            asyncio.create_task(self._keep_ticking("model-pulls", puller.tick, at_the_end=puller.close)),
             asyncio.create_task(self._keep_sending(sessions)),
             asyncio.create_task(self._keep_telling(sessions)),
         ]

@@ -179,6 +179,11 @@ def note_erasure(session: Session, tenant: Tenant, what: Mapping[str, Any], *, a
     _note(session, actor, "tenant.erase", tenant.name, changes=what)
 
 
+def note_pull(session: Session, action: str, model: str, what: Mapping[str, Any], *, actor: str) -> None:
+    """A pull concerns no tenant."""
+    _note(session, actor, action, "", changes={"model": model, **what})
+
+
 def create_key(
     session: Session,
     tenant: Tenant,

@@ -256,6 +256,10 @@ class AsyncClient:
         """Every model with its live workers. Needs an admin key if keys are required."""
         return list((await self._ask("GET", "/v1/admin/models"))["data"])
 
+    async def model_pulls(self) -> list[dict[str, Any]]:
+        """The models that are fetched over HTTP, newest first. Needs an admin key if keys are required."""
+        return list((await self._ask("GET", "/v1/admin/models/pulls"))["data"])
+
     async def queues(self) -> list[dict[str, Any]]:
         """The queue of every model: who waits for what, and for how long."""
         return list((await self._ask("GET", "/v1/queue"))["data"])

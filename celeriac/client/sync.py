@@ -285,6 +285,10 @@ class Client:
         """Every model with its live workers. Needs an admin key if keys are required."""
         return list(self._ask("GET", "/v1/admin/models")["data"])
 
+    def model_pulls(self) -> list[dict[str, Any]]:
+        """The models that are fetched over HTTP, newest first. Needs an admin key if keys are required."""
+        return list(self._ask("GET", "/v1/admin/models/pulls")["data"])
+
     def queues(self) -> list[dict[str, Any]]:
         """The queue of every model: who waits for what, and for how long."""
         return list(self._ask("GET", "/v1/queue")["data"])

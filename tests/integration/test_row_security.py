@@ -26,7 +26,14 @@ from tests.conftest import MakeJob
 from tests.databases import as_owner
 from tests.integration.api_harness import ApiServer
 
-OF_THE_INSTALLATION = {"workers", "worker_drains", "model_states", "maintenance_figures", "maintenance_ticks"}
+OF_THE_INSTALLATION = {
+    "workers",
+    "worker_drains",
+    "model_states",
+    "maintenance_figures",
+    "maintenance_ticks",
+    "model_pulls",
+}
 
 OF_ADMINISTRATORS = {"audit_log"}  # which requests of tenants never see at all
 

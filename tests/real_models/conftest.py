@@ -17,8 +17,9 @@ import pytest
 
 from celeriac.client import Client
 from celeriac.store.files import ModelRefused
-from celeriac.store.known import known_models
+from celeriac.store.sources import source_of
 from celeriac.store.store import ModelStore, Wanted
+from domain.model_sources import known_models
 from tests.chaos.plant import Plant, start_prepared
 from tests.integration.test_main_job import System
 
@@ -48,7 +49,7 @@ def store() -> ModelStore:
     store = ModelStore(Path(os.environ.get("REAL_MODELS_DIR") or cache / "celeriac" / "models"))
     for name in (CHAT, VECTORS):
         known = known_models()[name]
-        wanted = Wanted(name, known.source, num_bytes=known.num_bytes, sha256=known.sha256, licence=known.licence)
+        wanted = Wanted(name, source_of(known), num_bytes=known.num_bytes, sha256=known.sha256, licence=known.licence)
         try:
             store.pull(wanted, Quiet())
         except ModelRefused as exc:

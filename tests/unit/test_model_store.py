@@ -16,11 +16,19 @@ from click.testing import CliRunner
 from celeriac import cli
 from celeriac.store import sources
 from celeriac.store.files import ModelRefused, RemoteFile, choose, refuse_broken_weights, refuse_unsafe_path, under
-from celeriac.store.known import known_models
-from celeriac.store.sources import BucketSource, FolderSource, HubSource, JoinedSource, PackageSource, parse_source
-from celeriac.store.store import ModelStore, Wanted, name_of
+from celeriac.store.sources import (
+    BucketSource,
+    FolderSource,
+    HubSource,
+    JoinedSource,
+    PackageSource,
+    parse_source,
+    source_of,
+)
+from celeriac.store.store import ModelStore, Wanted
 from domain.catalog import ENTRY_FILE, Catalog
 from domain.errors import ModelNotFound
+from domain.model_sources import known_models, name_of
 from local.lock import FileLock
 from settings import Settings, get_settings
 from tests.unit.test_models import write_model
@@ -497,7 +505,7 @@ def test_a_wheel_that_cannot_be_trusted_or_had_is_refused(store: ModelStore, whe
 def test_the_short_list_is_complete_and_terms_have_to_be_accepted() -> None:
     known = known_models()
     assert {"smollm2-135m", "gemma3-270m", "minilm-l6-v2"} <= known.keys()
-    assert all(model.licence and model.source for model in known.values())
+    assert all(model.licence and source_of(model) for model in known.values())
     refused = CliRunner().invoke(cli.main, ["models", "pull", "gemma3-270m"])
     assert refused.exit_code == 1
     assert "Gemma Terms of Use" in refused.output

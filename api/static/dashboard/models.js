@@ -4,7 +4,8 @@ import { get, post } from "./api.js";
 import { compact, duration, rate } from "./format.js";
 import { link, usePolled } from "./hooks.js";
 import { html } from "./html.js";
-import { Card, Chip, Code, Confirmed, Empty, Meter, Polled, Problem, Status, Time, useAction } from "./parts.js";
+import { Card, Chip, Confirmed, Empty, Meter, Polled, Problem, Status, Time, useAction } from "./parts.js";
+import { Pulls } from "./pulls.js";
 
 function Worker({ worker, act, reload }) {
   const order = (verb) => act(() => post(`v1/admin/workers/${encodeURIComponent(worker.hostname)}/${verb}`)).then(reload);
@@ -69,8 +70,8 @@ export function Models({ live, isAdmin }) {
     ${isAdmin && html`<${Polled} state=${live}>${({ models }) => (models ?? []).map((model) => html`<${Administered} key=${model.id} model=${model} card=${byId.get(model.id)} reload=${live.reload} />`)}<//>`}
     ${(rest.length > 0 || !isAdmin) && html`
       <${Card} title=${isAdmin ? "Adapters and unavailable models" : "Served here"}><${Polled} state=${cards}>${() => rest.length === 0
-        ? html`<${Empty} title="No models are served">An administrator adds them to models.toml.<//>`
+        ? html`<${Empty} title="No models are served">An administrator pulls one, or adds it to models.toml.<//>`
         : html`<div class="scroll"><table><thead><tr><th>Model</th><th>State</th><th class="number">Context</th><th>Why</th></tr></thead><tbody>${rest.map((card) => html`<${Served} key=${card.id} card=${card} />`)}</tbody></table></div>`}<//><//>`}
-    ${isAdmin && html`<${Card} title="Add a model"><p class="soft">Pulled on the machine that serves it, with its progress in the terminal; a worker then loads it.</p><${Code} text=${"celeriac models pull smollm2-135m\nceleriac worker --model smollm2-135m"} label="Commands" /><//>`}
+    ${isAdmin && html`<${Pulls} />`}
   `;
 }
