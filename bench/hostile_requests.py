@@ -1,7 +1,7 @@
 """Requests of one ordinary key that are expensive, malformed or abandoned, and one operation of each kind of another's.
 
 Used by bench/hostile.py and, a sample of them, by the tests. Everything is drawn from one random generator, so a seed
-repeats a run. What a request may be answered: anything below 500, or a 503 that says when to come back.
+repeats a run. What a request may be answered: anything below 500, or a 503 or 529 that says when to come back.
 """
 
 import asyncio
@@ -197,7 +197,7 @@ def complaint_about(answer: httpx.Response) -> str | None:
     """Why this is no proper answer, whatever was asked."""
     if answer.status_code < 500 or answer.status_code == 501:
         return None
-    if answer.status_code == 503 and "retry-after" in answer.headers:
+    if answer.status_code in (503, 529) and "retry-after" in answer.headers:
         return None
     return f"{answer.request.method} {answer.request.url.path[:80]} was answered {answer.status_code}"
 

@@ -183,6 +183,13 @@ def begin_upload(session: Session, tenant_id: UUID, *, max_bytes: int) -> UUID:
     return file.id
 
 
+def begin_with(session: Session, tenant_id: UUID, content: bytes, *, max_bytes: int) -> UUID:
+    """As `begin_upload`, with piece 0: most files have no other."""
+    file_id = begin_upload(session, tenant_id, max_bytes=max_bytes)
+    append(session, file_id, 0, content)
+    return file_id
+
+
 def append(session: Session, file_id: UUID, number: int, content: bytes) -> None:
     """Write piece `number`, counted from 0. All pieces but the last must have PIECE_BYTES."""
     session.execute(insert(FilePiece).values(file_id=file_id, number=number, content=content))

@@ -156,9 +156,10 @@ class Upload:
                 raise RequestTooLarge(f"the file has more than {settings.max_file_bytes} bytes; split it", param="file")
             if self._file_id is None:
                 self._file_id = await self._services.write(
-                    files.begin_upload, self._tenant_id, max_bytes=settings.max_file_bytes_per_tenant
+                    files.begin_with, self._tenant_id, piece, max_bytes=settings.max_file_bytes_per_tenant
                 )
-            await self._services.write(files.append, self._file_id, self._num_pieces, piece)
+            else:
+                await self._services.write(files.append, self._file_id, self._num_pieces, piece)
             self._num_pieces += 1
 
     async def finish(self, *, filename: str, purpose: str, ttl_seconds: int) -> File:
