@@ -14,6 +14,10 @@ MAX_READS = 12  # of requests at a time: as many as there are connections for si
 
 MAX_WRITES = 8  # of requests at a time: as many as there are connections for transactions
 
+# Connections that stay open once they were needed: as many as one tenant can take, and some for others. A connection
+# beyond these is opened for each use, which costs more than most uses, and most of all while the machine is busy.
+KEPT_WRITES = MAX_WRITES // 2 + 2
+
 MAX_SYSTEM_CONNECTIONS = 10  # for what concerns all tenants: streams and keys, which leave some to queues and others
 
 
@@ -33,12 +37,14 @@ async def open_pools(settings: Settings) -> AsyncIterator[Pools]:
     url, idle_seconds = settings.database_url, settings.idle_transaction_seconds
     async with AsyncExitStack() as stack:
         database = wall_off(
-            open_async_database(url, pool_size=2, max_overflow=MAX_WRITES - 2, idle_seconds=idle_seconds)
+            open_async_database(
+                url, pool_size=KEPT_WRITES, max_overflow=MAX_WRITES - KEPT_WRITES, idle_seconds=idle_seconds
+            )
         )
         stack.push_async_callback(database.dispose)
         statements = wall_off(open_statement_database(url, pool_size=8, max_overflow=MAX_READS - 8))
         stack.push_async_callback(statements.dispose)
-        system = open_statement_database(url, pool_size=4, max_overflow=MAX_SYSTEM_CONNECTIONS - 4)
+        system = open_statement_database(url, pool_size=8, max_overflow=MAX_SYSTEM_CONNECTIONS - 8)
         stack.push_async_callback(system.dispose)
         if settings.auth != "none":  # else there is only one tenant
             warn_of_gap(system)

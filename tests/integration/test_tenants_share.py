@@ -1,18 +1,23 @@
 """One tenant takes all that it can of everything that requests share; another's request of each kind goes on."""
 
+import asyncio
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 from sqlalchemy.orm import Session, sessionmaker
 
+from api.pools import MAX_WRITES
+from api.services import Services, open_services
+from domain.shares import current_tenant
 from settings import Settings
 from storage import tenants, webhook_deliveries
 from storage.tables import Tenant
-from tests.integration.api_harness import ApiServer, open_events, post_job
+from tests.integration.api_harness import CATALOG, ApiServer, open_events, post_job
 from tests.integration.test_api_slow_uploads import HEAD, PART, upload
 from tests.waiting import wait_until
 
@@ -122,3 +127,20 @@ def test_webhooks_of_a_tenant_leave_room_for_those_of_another(
     assert [delivery.tenant_id for delivery in claimed].count(other) == 2
     assert [delivery.tenant_id for delivery in claimed].count(greedy) == 16
     assert not [delivery for delivery in claimed if delivery.queue == (greedy, "host0.test")]
+
+
+@pytest.mark.anyio
+async def test_writes_of_two_tenants_open_no_connection_for_each(api_settings: Settings) -> None:
+    opened: list[object] = []
+
+    async def write_often(services: Services, tenant_id: UUID) -> None:
+        current_tenant.set(tenant_id)
+        for _ in range(20):
+            await services.write(lambda session: session.execute(text("SELECT 1")).scalar_one())
+
+    async with open_services(api_settings, CATALOG) as services:
+        engine = services.sessions.kw["bind"].sync_engine
+        event.listen(engine, "connect", lambda connection, record: opened.append(connection))
+        greedy, other = uuid4(), uuid4()
+        await asyncio.gather(*(write_often(services, tenant_id) for tenant_id in [greedy] * 16 + [other]))
+    assert len(opened) <= MAX_WRITES
