@@ -29,11 +29,11 @@ from storage.tables import DEFAULT_TENANT_ID
 MODEL = "bench"
 
 
-def new_job() -> NewJob:
+def new_job(tenant_id: UUID = DEFAULT_TENANT_ID) -> NewJob:
     params = SamplingParams(max_tokens=64, temperature=0.7, top_p=0.9, top_k=0, seed=1)
     return NewJob(
         id=UUID(bytes=ULID().bytes),
-        tenant_id=DEFAULT_TENANT_ID,
+        tenant_id=tenant_id,
         request=GenerationRequest(model=MODEL, prompt="Tell me a story about a fox. " * 4, params=params),
         prompt_token_ids=list(range(100, 148)),
         model_revision="main",
@@ -93,6 +93,18 @@ def bench_claim(sessions: sessionmaker[Session], figures: dict[str, float]) -> N
     for size in (1, 16, 64):
         claim = partial(jobs.claim, model=MODEL, limit=size, owner=owner, model_revision="main", lease_seconds=60)
         report(f"claim {size}", timed(sessions, claim, repeats=30), jobs_per_call=size, figures=figures)
+    claim_one = partial(jobs.claim, model=MODEL, limit=1, owner=owner, model_revision="main", lease_seconds=60)
+
+    def claim_surely(session: Session) -> None:
+        claim_one(session)
+        session.execute(text("SET LOCAL synchronous_commit = on"))
+
+    by_turns: dict[str, list[float]] = {"claim 1 by turns": [], "claim 1, waiting for the disk": []}
+    for _ in range(60):
+        for milliseconds, statement in zip(by_turns.values(), (claim_one, claim_surely), strict=True):
+            milliseconds += timed(sessions, statement, repeats=1)
+    for name, milliseconds in by_turns.items():
+        report(name, milliseconds, jobs_per_call=1, figures=figures)
 
 
 def bench_running_batch(sessions: sessionmaker[Session], figures: dict[str, float]) -> None:

@@ -5,7 +5,7 @@ because its lease has expired by our own clock), released, or reported as crashe
 """
 
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from time import monotonic
 from uuid import UUID
@@ -32,6 +32,8 @@ from storage.jobs import ClaimedJob, Returned
 
 log = logging.getLogger(__name__)
 
+NUM_REMEMBERED = 10_000  # claims that are over, so that one with the same attempt is recognised
+
 LEASE_MARGIN = 0.1  # share of the lease before whose last part we must know that it was renewed
 
 
@@ -55,6 +57,7 @@ class RunningBatch:
         self._emit = emit
         self._jobs: dict[UUID, RunningJob] = {}
         self._jobs_by_name: dict[str, RunningJob] = {}
+        self._last_attempts: OrderedDict[UUID, int] = OrderedDict()  # of jobs that have left, newest last
         # Since this worker started: tokens received, and prompt tokens of the jobs that have had output.
         self.num_tokens = self.num_prompt_tokens = 0
         self._latency = inter_token_latency_seconds.labels(storage.model)
@@ -121,7 +124,10 @@ class RunningBatch:
             self._forget(stale)
         self._jobs[job.id] = self._jobs_by_name[job.name] = job
         self._emit(RunnerEvent(RunnerEventKind.CLAIMED, job.id))
-        if job.claimed.lane is Lane.ISOLATED:
+        if self._last_attempts.get(job.id) == job.attempt:
+            # A crash of the database has lost the first claim. The engine's output of it may still be on its way.
+            self.release([job])
+        elif job.claimed.lane is Lane.ISOLATED:
             self._quarantine.admit(job)
         elif self._supervisor.ready is None and not job.is_over:
             self.release([job])  # the engine died while the job was being claimed
@@ -357,6 +363,10 @@ class RunningBatch:
 
     def _forget(self, job: RunningJob) -> None:
         del self._jobs[job.id], self._jobs_by_name[job.name]
+        self._last_attempts[job.id] = job.attempt
+        self._last_attempts.move_to_end(job.id)
+        if len(self._last_attempts) > NUM_REMEMBERED:
+            self._last_attempts.popitem(last=False)
         self._quarantine.discharge(job)
 
     def _running(self, news: SequenceOutput | EmbeddingOutput | JobFailed | JobReturned) -> RunningJob | None:

@@ -100,8 +100,11 @@ class JobStorage:
         self, limit: int, lane: Lane, known: frozenset[UUID], *, num_slots: int, min_suspicions: int, is_repeated: bool
     ) -> list[ClaimedJob]:
         """Claim up to `limit` jobs of a lane for `num_slots` slots, fairest first. `known` are those that run here."""
+        if is_repeated:  # in a transaction of its own, since a claim's does not wait for the disk
+            with self.sessions.begin() as session:
+                released = self.release_unknown(session, known)
+            job_log.returned(AttemptOutcome.RELEASED, released)
         with self.sessions.begin() as session:
-            released = self.release_unknown(session, known) if is_repeated else []
             claimed = jobs.claim(
                 session,
                 self._spec.id,
@@ -113,7 +116,6 @@ class JobStorage:
                 min_suspicions=min_suspicions,
                 num_slots=num_slots,
             )
-        job_log.returned(AttemptOutcome.RELEASED, released)
         self.tell_claimed(claimed)
         return claimed
 
@@ -305,9 +307,9 @@ def _transact(storage: JobStorage, flushes: Sequence[JobFlush]) -> tuple[dict[UU
     finalisations = [flush.finalisation for flush in flushes if flush.finalisation is not None]
     renewals = [flush.job.id for flush in flushes if flush.commit is None and flush.finalisation is None]
     with storage.sessions.begin() as session:
-        held = jobs.commit_chunks(session, commits, lease_seconds=storage.lease_seconds)
+        held = jobs.commit_chunks(session, commits, lease_seconds=storage.lease_seconds, owner=storage.owner)
         held += jobs.renew(session, renewals, owner=storage.owner, lease_seconds=storage.lease_seconds)
-        ours = set(jobs.finalise(session, finalisations))
+        ours = set(jobs.finalise(session, finalisations, owner=storage.owner))
     ended = {ending.job_id: ending.status for ending in finalisations if ending.job_id in ours}
     return {job.job_id: job for job in held}, ended
 
@@ -335,7 +337,7 @@ def _give_up(storage: JobStorage, flush: JobFlush, exc: Exception) -> FlushOutco
         engine_seconds=flush.job.engine_seconds,
     )
     with storage.sessions.begin() as session:
-        ended = dict.fromkeys(jobs.finalise(session, [ending]), JobStatus.FAILED)
+        ended = dict.fromkeys(jobs.finalise(session, [ending], owner=storage.owner), JobStatus.FAILED)
     _log_progress([JobFlush(flush.job, None, ending)], {}, ended)
     storage.notifier.publish(ended.items())
     return FlushOutcome(ended=ended)

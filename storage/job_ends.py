@@ -22,7 +22,7 @@ from domain.errors import (
     WorkerLost,
 )
 from domain.jobs import JobError
-from storage.job_statements import BEGUN, CLOCK, CORRECTION, COUNTED, HAS_RUN_OUT, RUNNING
+from storage.job_statements import BEGUN, CLOCK, CORRECTION, COUNTED, HAS_RUN_OUT, OWNED, RUNNING
 from storage.usage import RECORDED_COLUMNS, attempts_recorded, discarded_recorded, ends_recorded
 from storage.webhooks import IS_TOLD
 
@@ -50,7 +50,7 @@ WITH ending AS MATERIALIZED (
 ),
 pick AS MATERIALIZED (
     SELECT ending.*, j.lease_owner AS owner FROM jobs j JOIN ending USING (id)
-    WHERE {RUNNING} AND j.attempt = ending.attempt AND j.committed_sequence_number = ending.last
+    WHERE {RUNNING} AND j.attempt = ending.attempt AND {OWNED} AND j.committed_sequence_number = ending.last
     ORDER BY j.id FOR NO KEY UPDATE OF j
 ),
 ended AS (

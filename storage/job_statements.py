@@ -282,16 +282,19 @@ SELECT j.id FROM jobs j WHERE j.model = :model AND {RUNNABLE} AND j.lane = 'stan
 LIMIT :limit
 """)
 
-# Lets batch lines in. If a database crash loses this update, they are let in again, so it need not wait for the disk.
+# For a transaction that need not wait for the disk: the loss of its changes in a crash of the database does no harm.
+UNSYNCED = "CROSS JOIN (SELECT set_config('synchronous_commit', 'off', true)) AS unsynced"
+
+# Lets batch lines in. If a crash loses this update, they are let in again.
 LET_LINES_IN = text(f"""
 WITH {_ranked(HELD_LINE)},
 {_locked_in_order(HELD_LINE)},
 let_in AS (UPDATE jobs j SET num_dispatches = 1 FROM pick WHERE j.id = pick.id RETURNING j.id, pick.place)
-SELECT id FROM let_in CROSS JOIN (SELECT set_config('synchronous_commit', 'off', true)) AS unsynced ORDER BY place
+SELECT id FROM let_in {UNSYNCED} ORDER BY place
 """)
 
 
-def claimed(pick: str) -> str:
+def claimed(pick: str, *, joined: str = "") -> str:
     """Claim the jobs that `pick(id, place, paused_at, charge, num_sequences)` has locked, as long as a slot is left for
     them: increment the attempt, which fences off earlier owners, start the lease, and return everything that the engine
     needs."""
@@ -327,10 +330,12 @@ LEFT JOIN LATERAL (
     SELECT array_agg(k.chunk::text ORDER BY k.sequence_number) AS chunks, max(k.sequence_number) AS last
     FROM job_chunks k WHERE c.committed_sequence_number > 0 AND k.job_id = c.id
 ) log ON true
+{joined}
 ORDER BY c.place"""
 
 
-CLAIM = text(f"WITH {_ranked(CLAIMABLE)}," + claimed(_locked_in_order(CLAIMABLE)))
+# If a crash loses a claim, the job is queued as before (ADR 63). Its next claim then gets the same attempt.
+CLAIM = text(f"WITH {_ranked(CLAIMABLE)}," + claimed(_locked_in_order(CLAIMABLE), joined=UNSYNCED))
 
 # Claims the jobs that are named, in this order; those that others have locked or that may not run any more are left.
 CLAIM_THESE = text(
@@ -367,6 +372,9 @@ WHERE job_id = ANY(CAST(:ids AS uuid[])) GROUP BY job_id
 NUM_COMMITTED = """j.num_committed_tokens
             + CASE WHEN j.committed_sequence_number = flush.before THEN flush.num_tokens ELSE 0 END"""
 
+# A claim that a crash has lost was of the same attempt, so the attempt alone does not tell who made it.
+OWNED = "(CAST(:owner AS uuid) IS NULL OR j.lease_owner = :owner)"
+
 PROVEN = f"{NUM_COMMITTED} - j.num_tokens_at_claim >= {PROVEN_TOKENS}"
 
 COMMIT_CHUNKS = text(f"""
@@ -383,7 +391,7 @@ held AS (
         first_token_at = coalesce(j.first_token_at, {CLOCK}),
         progressed_at = {CLOCK}, engine_seconds = flush.engine_seconds,
         lease_expires_at = {CLOCK} + make_interval(secs => :lease_seconds)
-    FROM flush WHERE j.id = flush.id AND {RUNNING} AND j.attempt = flush.attempt
+    FROM flush WHERE j.id = flush.id AND {RUNNING} AND j.attempt = flush.attempt AND {OWNED}
         AND j.committed_sequence_number IN (flush.before, flush.after)
     RETURNING j.id, j.attempt, j.cancel_requested_at IS NOT NULL AS is_cancel_requested,
         coalesce(j.deadline_at <= {CLOCK}, false) AS is_past_deadline, coalesce({HAS_RUN_OUT}, false) AS has_run_out,

@@ -197,15 +197,18 @@ def extent(limit: int) -> dict[str, int]:
     return {"limit": limit, "num_tenants": limit + NUM_SPARE_TENANTS, "num_rows": 2 * limit + NUM_SPARE_ROWS}
 
 
-def commit_chunks(session: Session, commits: Sequence[ChunkCommit], *, lease_seconds: float) -> list[Held]:
+def commit_chunks(
+    session: Session, commits: Sequence[ChunkCommit], *, lease_seconds: float, owner: UUID | None = None
+) -> list[Held]:
     """Append the new chunks of the whole running batch, renew the leases and read the cancel flags, in one statement.
+    Without `owner`, whoever made these attempts has written them.
 
     A job that is missing from the result was fenced off: abort it and publish nothing. Safe to repeat after an
     ambiguous commit. Each job must appear at most once and have at least one chunk.
     """
     if not commits:
         return []
-    parameters = of_commits(commits) | {"lease_seconds": lease_seconds}
+    parameters = of_commits(commits) | {"lease_seconds": lease_seconds, "owner": owner}
     return [Held(*row) for row in session.execute(sql.COMMIT_CHUNKS, parameters)]
 
 
@@ -217,15 +220,16 @@ def renew(session: Session, job_ids: Sequence[UUID], *, owner: UUID, lease_secon
     return [Held(*row) for row in session.execute(sql.RENEW, parameters)]
 
 
-def finalise(session: Session, finalisations: Sequence[Finalisation]) -> list[UUID]:
+def finalise(session: Session, finalisations: Sequence[Finalisation], *, owner: UUID | None = None) -> list[UUID]:
     """Make jobs terminal and store their results. If there is none, the committed chunks become a partial result.
+    Without `owner`, whoever made these attempts ends them.
 
     Returns the ids of the jobs that we still owned, including those that an earlier call with an ambiguous commit had
     already ended.
     """
     if not finalisations:
         return []
-    rows = session.execute(ends.FINALISE, of_endings(finalisations) | ERRORS).all()
+    rows = session.execute(ends.FINALISE, of_endings(finalisations) | {"owner": owner} | ERRORS).all()
     ended = [row.id for row in rows]
     without_result = {
         ending.job_id: ending.status

@@ -107,12 +107,12 @@ def test_a_worker_that_froze_in_mid_transaction_lost_its_locks_and_goes_on(
     job_ids = rig.add_jobs(1, max_tokens=100)  # of several, each is tried once more by itself
     frozen, finalise = Event(), jobs.finalise
 
-    def freeze_once(session: Session, endings: Sequence[jobs.Finalisation]) -> list[UUID]:
+    def freeze_once(session: Session, endings: Sequence[jobs.Finalisation], *, owner: UUID) -> list[UUID]:
         if not frozen.is_set():
             frozen.set()
             assert session.scalar(text("SHOW idle_in_transaction_session_timeout")) == "1s"
             wait_until(lambda: _can_lock(rig, job_ids), "the server has ended the transaction")
-        return finalise(session, endings)
+        return finalise(session, endings, owner=owner)
 
     worker = rig.start(lease_seconds=3.0)  # of which the server lets a transaction stand idle for a third
     monkeypatch.setattr(jobs, "finalise", freeze_once)

@@ -155,7 +155,7 @@ class TestOrder:
         job = make_job(tenant_id=late.id)
         assert next_jobs(session, 1) == [job.id]
 
-    def test_letting_lines_in_waits_for_no_disk_and_no_other_commit_is_spared(
+    def test_letting_lines_in_and_claims_wait_for_no_disk_and_no_other_commit_is_spared(
         self, session_factory: Sessions, make_job: MakeJob
     ) -> None:
         job = make_job(priority=BATCH_PRIORITY)
@@ -164,7 +164,12 @@ class TestOrder:
             assert jobs.let_lines_in(session, MODEL, limit=1) == [job.id]
             assert session.scalar(setting) == "off"
         with session_factory.begin() as session:
-            assert claim(session, job.id)
+            assert jobs.claim(session, MODEL, limit=1, owner=uuid4(), model_revision="main", lease_seconds=60)
+            assert session.scalar(setting) == "off"
+        with session_factory.begin() as session:
+            commit = ChunkCommit(job.id, 1, [chunk(1)])
+            assert jobs.commit_chunks(session, [commit], lease_seconds=60)
+            assert jobs.finalise(session, [Finalisation(job.id, 1, 1, JobStatus.COMPLETED, result(1))]) == [job.id]
             assert session.scalar(setting) == "on"
 
 
