@@ -1,20 +1,22 @@
 """One model's queue: its figures, what its jobs wait for, and when a job at some place in it would start and end."""
 
 import math
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from uuid import UUID
 
 from sqlalchemy.orm import Session
 
 from dialects.native import QueueView
 from domain.catalog import Catalog
-from domain.eta import Estimate, FairOrder, Load, Pace, Slots, TenantQueue, estimate, pace_by_rate
+from domain.eta import Eta, FairOrder, Load, Pace, Slots, TenantQueue, estimate, nothing_more, pace_by_rate
 from domain.jobs import LiveWorker, ModelService, WaitingFor, WaitingJob, WorkerState, waiting_for
 from settings import Settings
 from storage import batch_lines, job_queues, paces, workers
-from storage.job_queues import QueueFigures, QueuePosition, WaitingGroup
-from storage.paces import MAX_COUNTED, OwnAhead, Standing
+from storage.job_queues import QueuePosition, WaitingGroup
+from storage.paces import MAX_COUNTED, Arriving, OwnAhead, Standing
 from tasks.dispatch import batch_share
 
 PLAIN_WAITS = frozenset({WaitingFor.SLOTS, WaitingFor.TURN})  # for a slot, and for nothing else
@@ -86,6 +88,7 @@ class ModelQueue:
     committed_tokens: int = 0  # of these
     order: FairOrder = field(default_factory=lambda: FairOrder(()))
     pace: Pace | None = None  # None: nothing has been measured
+    read_at: float = field(default_factory=time.monotonic)
 
     @property
     def is_loaded(self) -> bool:
@@ -136,7 +139,7 @@ class ModelQueue:
 
     def _position(self, tenant_id: UUID, own: Load, num_tokens: int, job: WaitingJob) -> QueuePosition:
         ahead = self.order.ahead_of(tenant_id, own)
-        has_others = len(self.order.by_id) > (tenant_id in self.order.by_id)
+        has_others = self.order.has_others(tenant_id)
         return QueuePosition(
             num_ahead=round(ahead.num_jobs),
             cost_ahead=round(ahead.cost),
@@ -144,22 +147,27 @@ class ModelQueue:
             tokens_ahead=round(ahead.num_tokens),
             num_tokens=num_tokens,
             is_estimate=has_others or own.num_jobs >= MAX_COUNTED,
+            turn=(tenant_id, self.order.fair_time(tenant_id, own.cost)),
         )
 
-    def estimate(self, position: QueuePosition) -> Estimate | None:
+    def estimate(self, position: QueuePosition) -> Eta | None:
         """Of the start and end of the job at `position`. None if it waits for something other than a free slot or a
         load, or if nothing has been measured. For a load, only those jobs get an estimate that start at its end: the
         rate afterwards is not known yet."""
         reason = waiting_for(position.job, self.service)
         if reason is WaitingFor.MODEL_LOAD and position.num_ahead < self.num_coming_slots:
-            return None if self.ready_in_seconds is None else Estimate.at(self.ready_in_seconds)
+            return None if self.ready_in_seconds is None else Eta.at(self.ready_in_seconds)
         if reason not in PLAIN_WAITS or self.num_slots == 0:
             return None
         ahead = Load(position.num_ahead, position.cost_ahead, position.tokens_ahead)
         slots = Slots(self.num_slots, self.num_running, self.allowed_tokens, self.committed_tokens)
         if self.pace is None and position.num_ahead + self.num_running < self.num_slots:
-            return Estimate.at(0.0)
-        return None if self.pace is None else estimate(ahead, position.num_tokens, slots, self.pace)
+            return Eta.at(0.0)
+        if self.pace is None:
+            return None
+        overtaking = nothing_more if position.turn is None else partial(self.order.overtaking, *position.turn)
+        age_seconds = time.monotonic() - self.read_at
+        return estimate(ahead, position.num_tokens, slots, self.pace, overtaking, age_seconds=age_seconds)
 
 
 def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[str, ModelQueue]:
@@ -168,6 +176,7 @@ def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[
     live = workers.list_live(session)
     unloaded = workers.unloaded_models(session)
     standings = paces.standings(session)
+    arrivals = paces.arrivals(session)
     pace_by_model = paces.read(session, [spec.id for spec in catalog.entries])
     queues = {}
     for spec in catalog.entries:
@@ -203,24 +212,34 @@ def read_queues(session: Session, catalog: Catalog, settings: Settings) -> dict[
             waiting=_by_reason(queue.waiting, service),
             allowed_tokens=queue.allowed_tokens,
             committed_tokens=queue.committed_tokens,
-            order=_order(queue.loads, standings),
-            pace=pace_by_model.get(spec.id) or _pace_by_rate(queue, rate, num_slots),
+            order=_order(queue.loads, standings, arrivals.get(spec.id, {})),
+            pace=pace_by_model.get(spec.id) or _pace_by_rate(rate, num_slots),
         )
     return queues
 
 
-def _order(loads: Mapping[UUID, Load], standings: Mapping[UUID, Standing]) -> FairOrder:
-    return FairOrder(
-        TenantQueue(tenant_id, one.virtual_time, one.weight, one.num_running, loads.get(tenant_id, Load()))
+def _order(
+    loads: Mapping[UUID, Load], standings: Mapping[UUID, Standing], arrivals: Mapping[UUID, Arriving]
+) -> FairOrder:
+    present = {
+        tenant_id: TenantQueue(tenant_id, one.virtual_time, one.weight, one.num_running, loads.get(tenant_id, Load()))
         for tenant_id, one in standings.items()
         if tenant_id in loads or one.num_running
-    )
+    }
+    if not present or not arrivals:
+        return FairOrder(present.values())
+    level = FairOrder(present.values()).level
+    coming = {
+        tenant_id: replace(
+            present.get(tenant_id) or TenantQueue(tenant_id, level, one.weight, 0, Load()), arriving=one.per_second
+        )
+        for tenant_id, one in arrivals.items()
+    }
+    return FairOrder((present | coming).values())
 
 
-def _pace_by_rate(queue: QueueFigures, rate: float, num_slots: int) -> Pace | None:
-    if rate <= 0 or num_slots == 0:
-        return None
-    return pace_by_rate(rate, num_slots, queue.allowed_tokens / max(1, queue.num_running))
+def _pace_by_rate(rate: float, num_slots: int) -> Pace | None:
+    return None if rate <= 0 or num_slots == 0 else pace_by_rate(rate, num_slots)
 
 
 def _by_reason(groups: Sequence[WaitingGroup], service: ModelService) -> dict[WaitingFor, Waiting]:

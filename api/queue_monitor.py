@@ -17,7 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from api.model_queues import PLAIN_WAITS, UNKNOWN_PLACE, ModelQueue, Waiting, read_queues
 from dialects.native import QueueView
 from domain.catalog import Catalog
-from domain.eta import Estimate, Load
+from domain.eta import Eta, Load
 from domain.jobs import WaitingFor, waiting_for
 from metrics import (
     jobs_oldest_queued_seconds,
@@ -206,7 +206,7 @@ class QueueMonitor:
             return UNKNOWN_PLACE
         return queue.place(self._joining(submitted.new_job, queue, num_queued=submitted.num_queued))
 
-    def estimate(self, new_job: NewJob) -> Estimate | None:
+    def estimate(self, new_job: NewJob) -> Eta | None:
         """Of a job that is about to be accepted."""
         queue = self.queues.get(new_job.request.model_id)
         return None if queue is None else queue.estimate(self._joining(new_job, queue))

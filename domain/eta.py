@@ -1,18 +1,23 @@
 """ETAs: an ETA is the estimate of when a job starts and ends, from the work ahead and what recent jobs took. No I/O.
 
 A job's *raw* estimate divides the work ahead over the model's slots; work is predicted in seconds of a slot, from the
-tokens that jobs may take and the share of them that recent jobs took. How far raw estimates were off lately says how to
-correct the next one: the median of the errors gives p50, their 90th percentile p90. So a bias that lasts, such as that
-of jobs which overtake, corrects itself.
+tokens that jobs may take and the share of them that recent jobs took. Ahead is what waits and comes before it in the
+order of claims, and what its competitors will submit meanwhile, if they go on as they did lately: a tenant with a long
+queue gets its share and no more, however short the others' queues are now. How far raw estimates of about this length
+were off lately says how to correct the next one: the median of their errors gives p50, their 90th percentile p90.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterable
-from dataclasses import dataclass
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from uuid import UUID
 
 MIN_SAMPLES = 30  # recent jobs, for an estimate on which a job may be refused
+
+NUM_NEAREST = 48  # of the recent jobs: those whose raw estimates were most like the one to be corrected
+
+HORIZONS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # seconds; what arrives later than the last is not foreseen
 
 #: Of the errors of recent starts and ends. The highest is a little above 0.9, since the load may change meanwhile.
 QUANTILES = (0.1, 0.5, 0.94)
@@ -38,6 +43,33 @@ class Quantiles(NamedTuple):
 UNKNOWN_ERRORS = Quantiles(0.5, 1.0, 2.0)
 
 
+class Errors:
+    """What came of recent raw estimates: pairs of raw and actual seconds, newest first."""
+
+    def __init__(self, pairs: Iterable[tuple[float, float]] = ()) -> None:
+        self._pairs = sorted(pairs, key=lambda pair: pair[0])
+        self._raws = [raw for raw, _ in self._pairs]
+        self.is_enough = len(self._pairs) >= MIN_SAMPLES
+
+    def near(self, raw_seconds: float) -> Quantiles:
+        """The quantiles among the samples most like this one, as short and long waits err differently."""
+        if not self.is_enough:
+            return UNKNOWN_ERRORS
+        middle = (bisect_left(self._raws, raw_seconds) + bisect_right(self._raws, raw_seconds)) // 2
+        start = max(0, min(middle - NUM_NEAREST // 2, len(self._pairs) - NUM_NEAREST))
+        nearest = self._pairs[start : start + NUM_NEAREST]
+        errors = sorted((actual + FLOOR_SECONDS) / (raw + FLOOR_SECONDS) for raw, actual in nearest)
+        return Quantiles(*(_quantile(errors, share) for share in QUANTILES))
+
+
+def _quantile(values: list[float], share: float) -> float:
+    """Of sorted values, between two of them if need be."""
+    place = share * (len(values) - 1)
+    below = int(place)
+    above = min(below + 1, len(values) - 1)
+    return values[below] + (values[above] - values[below]) * (place - below)
+
+
 @dataclass(frozen=True, slots=True)
 class Pace:
     """What a model's newest jobs took, by the ledger."""
@@ -46,9 +78,8 @@ class Pace:
     seconds_to_first_output: float = 0.0
     seconds_per_token: float = 0.0
     token_share: float = 1.0  # of the output tokens that jobs might have taken, those that they took
-    seconds_left: float = 0.0  # that a running job still takes, on average over all times
-    start_errors: Quantiles | None = None  # None: too few samples
-    end_errors: Quantiles | None = None
+    start_errors: Errors = field(default_factory=Errors)
+    end_errors: Errors = field(default_factory=Errors)
 
     def work(self, num_jobs: float, num_tokens: float) -> float:
         """The seconds of a slot that queued jobs take which may generate `num_tokens` in all."""
@@ -69,6 +100,9 @@ class Load(NamedTuple):
         return Load(factor * self.num_jobs, factor * self.cost, factor * self.num_tokens)
 
 
+NOTHING = Load()
+
+
 @dataclass(frozen=True, slots=True)
 class TenantQueue:
     """What one tenant has waiting for a model, and how much it has received."""
@@ -78,6 +112,7 @@ class TenantQueue:
     weight: float
     num_running: int
     load: Load
+    arriving: Load = NOTHING  # per second, lately
 
     @property
     def end(self) -> float:
@@ -96,6 +131,7 @@ class FairOrder:
 
     def __init__(self, tenants: Iterable[TenantQueue]) -> None:
         self.by_id = {tenant.tenant_id: tenant for tenant in tenants}
+        self._after: dict[float, FairOrder] = {}
         slopes: dict[float, Load] = {}  # changes of what a unit of virtual time adds to the sum
         for tenant in self.by_id.values():
             if tenant.load.cost > 0:
@@ -111,9 +147,14 @@ class FairOrder:
             slope, before = slope.plus(slopes[time]), time
             self._sums.append((total, slope))
         self.total = Load(*(sum(column) for column in zip(*(t.load for t in self.by_id.values()), strict=True)))
+        self._present = {tenant.tenant_id for tenant in self.by_id.values() if tenant.num_running or tenant.load.cost}
         active = [tenant.virtual_time for tenant in self.by_id.values() if tenant.num_running]
         #: Where a tenant begins that has been idle.
         self.level = min(active, default=max((t.virtual_time for t in self.by_id.values()), default=0.0))
+
+    def has_others(self, tenant_id: UUID) -> bool:
+        """Whether any other tenant has jobs queued or running now."""
+        return len(self._present) > (tenant_id in self._present)
 
     def before(self, fair_time: float) -> Load:
         """What all tenants have before `fair_time`."""
@@ -123,16 +164,36 @@ class FairOrder:
         total, slope = self._sums[place]
         return total.plus(slope.times(fair_time - self._times[place]))
 
-    def ahead_of(self, tenant_id: UUID, own: Load, weight: float = 1.0) -> Load:
+    def fair_time(self, tenant_id: UUID, own_cost: float) -> float:
+        """Of a job that has so much of its tenant's queue before it."""
+        tenant = self.by_id.get(tenant_id)
+        return self.level + own_cost if tenant is None else tenant.virtual_time + own_cost / tenant.weight
+
+    def ahead_of(self, tenant_id: UUID, own: Load) -> Load:
         """What comes before a job that has `own` of its tenant's queue before it."""
-        tenant = self.by_id.get(tenant_id) or TenantQueue(tenant_id, self.level, weight, 0, Load())
-        fair_time = tenant.virtual_time + own.cost / tenant.weight
-        others = self.before(fair_time).plus(tenant.before(fair_time).times(-1))
-        return Load(*(max(0.0, value) for value in others)).plus(own)
+        return self._others(tenant_id, self.fair_time(tenant_id, own.cost)).plus(own)
+
+    def overtaking(self, tenant_id: UUID, fair_time: float, seconds: float) -> Load:
+        """What other tenants will submit within so many seconds and have before this tenant's job at `fair_time`."""
+        if seconds not in self._after:
+            self._after[seconds] = FairOrder(
+                replace(tenant, load=tenant.load.plus(tenant.arriving.times(seconds))) for tenant in self.by_id.values()
+            )
+        more = self._after[seconds]._others(tenant_id, fair_time)
+        return _not_negative(more.plus(self._others(tenant_id, fair_time).times(-1)))
+
+    def _others(self, tenant_id: UUID, fair_time: float) -> Load:
+        """What all other tenants have before `fair_time`."""
+        before, tenant = self.before(fair_time), self.by_id.get(tenant_id)
+        return before if tenant is None else _not_negative(before.plus(tenant.before(fair_time).times(-1)))
+
+
+def _not_negative(load: Load) -> Load:
+    return Load(*(max(0.0, value) for value in load))
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class Eta:
     """Seconds until a job starts and until it ends, and the raw figures from which the next errors are measured."""
 
     start: Quantiles
@@ -142,7 +203,7 @@ class Estimate:
     is_trustworthy: bool
 
     @classmethod
-    def at(cls, seconds: float) -> "Estimate":
+    def at(cls, seconds: float) -> "Eta":
         """A start that does not depend on other jobs; nothing is known about the end."""
         return cls(UNKNOWN_ERRORS.of(seconds), None, seconds, seconds, is_trustworthy=False)
 
@@ -165,27 +226,58 @@ class Slots:
 MIN_SHARE_LEFT = 0.25  # of the predicted work of the running jobs, which is never taken to be about over
 
 
-def estimate(ahead: Load, num_tokens: float, slots: Slots, pace: Pace) -> Estimate:
-    """For a job that may take `num_tokens` of output and has `ahead` before it. It waits for slots only."""
+Foresight = Callable[[float], Load]
+
+
+def nothing_more(seconds: float) -> Load:
+    """The foresight that nobody will overtake."""
+    return Load()
+
+
+def estimate(
+    ahead: Load,
+    num_tokens: float,
+    slots: Slots,
+    pace: Pace,
+    overtaking: Foresight = nothing_more,
+    *,
+    age_seconds: float = 0.0,
+) -> Eta:
+    """For a job that may take `num_tokens` of output and has `ahead` before it, by figures of this age. It waits for
+    slots only. `overtaking` tells what will have come before it by so many seconds after the figures were read."""
     raw_start = 0.0
     if ahead.num_jobs + slots.num_running >= slots.num_slots:
-        predicted = slots.allowed_tokens * pace.token_share
-        left = max(predicted - slots.committed_tokens, MIN_SHARE_LEFT * predicted) * pace.seconds_per_token
-        # When it starts, the other slots are still busy.
-        others = (slots.num_slots - 1) * pace.seconds_left
-        work = pace.work(ahead.num_jobs, ahead.num_tokens) + left
-        raw_start = max(work - others, work / slots.num_slots) / slots.num_slots
+        raw_start = _seconds_until_start(ahead, slots, pace, overtaking, age_seconds)
     raw_end = raw_start + pace.work(1, num_tokens)
-    return Estimate(
-        start=(pace.start_errors or UNKNOWN_ERRORS).of(raw_start),
-        end=(pace.end_errors or UNKNOWN_ERRORS).of(raw_end),
+    return Eta(
+        start=pace.start_errors.near(raw_start).of(raw_start),
+        end=pace.end_errors.near(raw_end).of(raw_end),
         raw_start_seconds=raw_start,
         raw_end_seconds=raw_end,
-        is_trustworthy=pace.start_errors is not None,
+        is_trustworthy=pace.start_errors.is_enough,
     )
 
 
-def pace_by_rate(tokens_per_second: float, num_slots: int, mean_tokens: float) -> Pace:
+def _seconds_until_start(ahead: Load, slots: Slots, pace: Pace, overtaking: Foresight, age_seconds: float) -> float:
+    """When all that comes before the job until then has been begun. All slots are busy until its start, and the rest of
+    each job in them is what is left of one of them now."""
+    predicted = slots.allowed_tokens * pace.token_share
+    tokens_left = max(predicted - slots.committed_tokens, MIN_SHARE_LEFT * predicted) / slots.num_slots
+
+    def start(later: Load) -> float:
+        work = pace.work(ahead.num_jobs + later.num_jobs, ahead.num_tokens + later.num_tokens)
+        return age_seconds + (work + tokens_left * pace.seconds_per_token) / slots.num_slots
+
+    before, start_before = 0.0, start(Load())
+    for horizon in HORIZONS:
+        start_by_then = start(overtaking(horizon))
+        if start_by_then <= horizon:  # in between, as much comes in as is foreseen until the start
+            share = (start_before - before) / ((horizon - before) - (start_by_then - start_before))
+            return before + share * (horizon - before) - age_seconds
+        before, start_before = horizon, start_by_then
+    return start_before - age_seconds
+
+
+def pace_by_rate(tokens_per_second: float, num_slots: int) -> Pace:
     """Before any job has ended: as if each of them took all of its tokens, at the rate that the workers report."""
-    seconds_per_token = num_slots / tokens_per_second
-    return Pace(seconds_per_token=seconds_per_token, seconds_left=mean_tokens * seconds_per_token / 2)
+    return Pace(seconds_per_token=num_slots / tokens_per_second)

@@ -50,6 +50,11 @@ def new_id() -> UUID:
     return UUID(int=(time.time_ns() // 1_000_000) << 80 | secrets.randbits(80))
 
 
+def first_id(seconds: float) -> UUID:
+    """Before all ids that are drawn from this time on, in seconds since 1970."""
+    return UUID(int=min(max(0, int(seconds * 1000)), 2**48 - 1) << 80)
+
+
 def external_id(id_: UUID, prefix: str = "job") -> str:
     """The external form of an id. Raises ValueError for an unknown prefix."""
     separator = SEPARATOR_BY_PREFIX.get(prefix) or SEPARATOR_BY_PREFIX_OF_OTHERS.get(prefix)

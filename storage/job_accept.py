@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 
 from domain.callbacks import CeleryCallback
 from domain.errors import CeleriacError
-from domain.eta import Estimate
+from domain.eta import Eta
 from domain.jobs import Endpoint, JobStatus, Lane
 from domain.limits import ClientCall, LimitStanding
 from domain.requests import GenerationRequest, JobRequest
@@ -64,7 +64,7 @@ class NewJob:
     traceparent: str | None = None  # its place in a trace (W3C Trace Context)
     answer_key: bytes | None = None  # equal for requests of which one may have the other's answer; None: it must run
     key_id: str | None = None  # of the API key that it was sent with
-    estimate: Estimate | None = None  # of its start and end
+    eta: Eta | None = None  # of its start and end
     hopeless_seconds: float | None = (
         None  # its predicted wait, if that is too long: it is accepted only if it was before
     )
@@ -267,7 +267,7 @@ def of_new_jobs(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
         "request_ids": [job.request_id for job in new_jobs],
         "traceparents": [job.traceparent for job in new_jobs],
         "key_ids": [job.key_id for job in new_jobs],
-        "etas": [job.estimate and f"{{{','.join(map(str, job.estimate.stored))}}}" for job in new_jobs],
+        "etas": [job.eta and f"{{{','.join(map(str, job.eta.stored))}}}" for job in new_jobs],
         "call_sizes": [1 if job.call is None else job.call.num_jobs for job in new_jobs],
         "callbacks": Packed(None if job.callback is None else job.callback.model_dump_json() for job in new_jobs),
     }

@@ -45,6 +45,7 @@ FROM jobs WHERE status = 'in_progress' GROUP BY model
 """)
 
 
+# A follower has the place of its leader: the first one if that runs. It is not ahead of anybody.
 POSITIONS = text(f"""
 WITH timed AS (
     SELECT j.id, j.model, j.tenant_id, {RANK} AS rank, {CHARGE} AS cost, {TOKENS_LEFT} AS num_tokens,
@@ -53,20 +54,24 @@ WITH timed AS (
             - {CHARGE} - {lead("j", "t")}) / t.weight AS fair_time
     FROM jobs j JOIN tenant_load l USING (tenant_id) JOIN tenants t ON t.id = j.tenant_id
     WHERE j.status = 'queued' AND j.model IN (SELECT model FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
+        AND NOT EXISTS (SELECT FROM job_followers f WHERE f.job_id = j.id)
 ),
 lifted AS (
-    SELECT id, model, rank, cost, num_tokens, standing, num_running,
+    SELECT id, tenant_id, model, rank, cost, num_tokens, standing, num_running,
         {LIFTED.format(of="model, tenant_id")} AS fair_time
     FROM timed
 ),
 ranked AS (
     SELECT id, row_number() OVER ahead - 1 AS num_ahead, sum(cost) OVER ahead - cost AS cost_ahead,
-        sum(num_tokens) OVER ahead - num_tokens AS tokens_ahead, num_tokens FROM lifted
+        sum(num_tokens) OVER ahead - num_tokens AS tokens_ahead, num_tokens, fair_time FROM lifted
     WINDOW ahead AS (PARTITION BY model ORDER BY standing DESC, fair_time, num_running, rank, id
         ROWS UNBOUNDED PRECEDING)
 )
-SELECT j.id, r.num_ahead, r.cost_ahead, r.tokens_ahead, r.num_tokens, {WAITING_JOB} FROM ranked r JOIN jobs j USING (id)
-WHERE r.id = ANY(CAST(:ids AS uuid[]))
+SELECT j.id, coalesce(r.num_ahead, 0) AS num_ahead, coalesce(r.cost_ahead, 0) AS cost_ahead,
+    coalesce(r.tokens_ahead, 0) AS tokens_ahead, coalesce(r.num_tokens, 0) AS num_tokens, j.tenant_id, r.fair_time,
+    {WAITING_JOB}
+FROM jobs j LEFT JOIN job_followers f ON f.job_id = j.id LEFT JOIN ranked r ON r.id = coalesce(f.leader_id, j.id)
+WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'queued' AND (r.id IS NOT NULL OR f.job_id IS NOT NULL)
 """)
 
 
@@ -115,6 +120,7 @@ class QueuePosition:
     tokens_ahead: int = 0  # of output
     num_tokens: int = 0  # that the job itself may generate
     is_estimate: bool = False  # the queue is too long to rank
+    turn: tuple[UUID, float] | None = None  # its tenant and its fair time, by which others may overtake it
 
 
 def queue_figures(session: Session) -> dict[str, QueueFigures]:
@@ -154,7 +160,14 @@ def positions(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, QueuePosi
         return {}
     rows = session.execute(POSITIONS, {"ids": list(job_ids)})
     return {
-        row.id: QueuePosition(row.num_ahead, row.cost_ahead, read_waiting_job(row), row.tokens_ahead, row.num_tokens)
+        row.id: QueuePosition(
+            row.num_ahead,
+            row.cost_ahead,
+            read_waiting_job(row),
+            row.tokens_ahead,
+            row.num_tokens,
+            turn=None if row.fair_time is None else (row.tenant_id, row.fair_time),
+        )
         for row in rows
     }
 

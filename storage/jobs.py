@@ -63,7 +63,7 @@ class ClaimedJob:
     seconds_since_accept: float = 0.0  # at the time of the claim
     seconds_since_start: float = 0.0  # since the first claim; 0 if this is the first one
     seconds_paused: float | None = None  # None if it has not just been paused
-    eta: Sequence[float] | None = None  # as estimated at its acceptance; see `domain.eta.Estimate.stored`
+    eta: Sequence[float] | None = None  # as estimated at its acceptance; see `domain.eta.Eta.stored`
 
     @property
     def last_sequence_number(self) -> int:

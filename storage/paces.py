@@ -2,6 +2,7 @@
 
 # ruff: noqa: S608  (only constants of the storage modules are inserted into the text; values are bound)
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from uuid import UUID
@@ -9,15 +10,15 @@ from uuid import UUID
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from domain.eta import FLOOR_SECONDS, MIN_SAMPLES, QUANTILES, Load, Pace, Quantiles
-from domain.jobs import WaitingJob
+from domain.eta import Errors, Load, Pace
+from domain.jobs import MIN_PRIORITY, WaitingJob, first_id
 from storage.job_queues import TOKENS_LEFT, WAITING_JOB, read_waiting_job
 from storage.job_statements import CHARGE, CLOCK, RANK
 
-NUM_NEWEST = 128  # records of a model; further back, the load was another
+NUM_NEWEST = 256  # records of a model; further back, the load was another
 
-# Rates are those of jobs that completed; errors are those of all first attempts. The condition on the records is that
-# of usage_records_model_idx, so that no others are read.
+# Rates are those of jobs that completed; errors are those of all first attempts: what was estimated, and what came. The
+# condition on the records is that of usage_records_model_idx, so that no others are read.
 PACES = text(f"""
 SELECT newest.model, count(*) FILTER (WHERE outcome = 'completed') AS num_jobs,
     avg(prefill_seconds) FILTER (WHERE outcome = 'completed') AS seconds_to_first_output,
@@ -25,16 +26,12 @@ SELECT newest.model, count(*) FILTER (WHERE outcome = 'completed') AS num_jobs,
         / nullif(sum(num_output_tokens) FILTER (WHERE outcome = 'completed'), 0)::float8 AS seconds_per_token,
     sum(num_output_tokens) FILTER (WHERE outcome = 'completed')::float8
         / nullif(sum(num_allowed_tokens) FILTER (WHERE outcome = 'completed'), 0) AS token_share,
-    sum(seconds * seconds) / nullif(2 * sum(seconds), 0) AS seconds_left,
-    count(start_error) AS num_start_errors, count(end_error) AS num_end_errors,
-    percentile_cont(CAST(:quantiles AS float8[])) WITHIN GROUP (ORDER BY start_error) AS start_errors,
-    percentile_cont(CAST(:quantiles AS float8[])) WITHIN GROUP (ORDER BY end_error) AS end_errors
+    array_agg(ARRAY[eta_start_seconds, queue_seconds] ORDER BY ended_at DESC)
+        FILTER (WHERE eta_start_seconds IS NOT NULL) AS starts,
+    array_agg(ARRAY[eta_end_seconds, queue_seconds + prefill_seconds + decode_seconds] ORDER BY ended_at DESC)
+        FILTER (WHERE eta_end_seconds IS NOT NULL AND outcome = 'completed') AS ends
 FROM unnest(CAST(:models AS text[])) AS m(model) CROSS JOIN LATERAL (
-    SELECT u.*, u.prefill_seconds + u.decode_seconds AS seconds,
-        (u.queue_seconds + {FLOOR_SECONDS}) / (u.eta_start_seconds + {FLOOR_SECONDS}) AS start_error,
-        CASE WHEN u.outcome = 'completed' THEN (u.queue_seconds + u.prefill_seconds + u.decode_seconds
-            + {FLOOR_SECONDS}) / (u.eta_end_seconds + {FLOOR_SECONDS}) END AS end_error
-    FROM usage_records u WHERE u.model = m.model AND u.ended_at > {CLOCK} - interval '1 hour'
+    SELECT u.* FROM usage_records u WHERE u.model = m.model AND u.ended_at > {CLOCK} - interval '1 hour'
         AND u.is_attempt AND NOT u.is_batch
     ORDER BY u.ended_at DESC LIMIT {NUM_NEWEST}
 ) newest
@@ -44,16 +41,15 @@ GROUP BY newest.model
 
 def read(session: Session, models: Sequence[str]) -> dict[str, Pace]:
     """By model; those of which no job has completed lately are left out."""
-    rows = session.execute(PACES, {"models": list(models), "quantiles": list(QUANTILES)})
+    rows = session.execute(PACES, {"models": list(models)})
     return {
         row.model: Pace(
             num_jobs=row.num_jobs,
             seconds_to_first_output=row.seconds_to_first_output,
             seconds_per_token=row.seconds_per_token or 0.0,
             token_share=1.0 if row.token_share is None else row.token_share,
-            seconds_left=row.seconds_left or 0.0,
-            start_errors=Quantiles(*row.start_errors) if row.num_start_errors >= MIN_SAMPLES else None,
-            end_errors=Quantiles(*row.end_errors) if row.num_end_errors >= MIN_SAMPLES else None,
+            start_errors=Errors(row.starts or ()),
+            end_errors=Errors(row.ends or ()),
         )
         for row in rows
         if row.num_jobs
@@ -79,6 +75,53 @@ def standings(session: Session) -> dict[UUID, Standing]:
     """Of the tenants that have jobs queued or running."""
     rows = session.execute(STANDINGS)
     return {row.tenant_id: Standing(row.virtual_time, row.weight, row.num_running) for row in rows}
+
+
+NUM_ARRIVALS = 64  # of a model, from which rates are taken
+
+ARRIVAL_SECONDS = 60.0  # if there are fewer within these, all of them count
+
+MAX_ARRIVALS = 1_000  # of all models, that are read
+
+# Without batch lines, which wait for all others, and without jobs that take another one's output.
+ARRIVALS = text(f"""
+WITH newest AS (
+    SELECT j.* FROM jobs j WHERE j.id > CAST(:since AS uuid) ORDER BY j.id DESC LIMIT {MAX_ARRIVALS}
+),
+placed AS (
+    SELECT j.model, j.tenant_id, j.cost, j.cost - j.num_prompt_tokens AS num_tokens, j.created_at,
+        row_number() OVER (PARTITION BY j.model ORDER BY j.id DESC) AS place
+    FROM newest j WHERE j.priority >= {MIN_PRIORITY} AND j.answered_by IS NULL
+        AND NOT EXISTS (SELECT FROM job_followers f WHERE f.job_id = j.id)
+),
+timed AS (
+    SELECT *, CASE WHEN count(*) OVER of_model < {NUM_ARRIVALS} AND (SELECT count(*) FROM newest) < {MAX_ARRIVALS}
+        THEN {ARRIVAL_SECONDS}
+        ELSE extract(epoch FROM {CLOCK} - min(created_at) OVER of_model) END AS seconds
+    FROM placed WHERE place <= {NUM_ARRIVALS} WINDOW of_model AS (PARTITION BY model)
+)
+SELECT t.model, t.tenant_id, w.weight, greatest(0.1, min(t.seconds))::float8 AS seconds, count(*)::float8 AS num_jobs,
+    sum(t.cost)::float8 AS cost, sum(t.num_tokens)::float8 AS num_tokens
+FROM timed t JOIN tenants w ON w.id = t.tenant_id GROUP BY t.model, t.tenant_id, w.weight
+""")
+
+
+@dataclass(frozen=True, slots=True)
+class Arriving:
+    """What a tenant submitted lately."""
+
+    weight: float
+    per_second: Load
+
+
+def arrivals(session: Session) -> dict[str, dict[UUID, Arriving]]:
+    """By model and tenant. Reads the newest jobs by their ids, which begin with the time; takes a few milliseconds."""
+    since = first_id(time.time() - ARRIVAL_SECONDS)
+    found: dict[str, dict[UUID, Arriving]] = {}
+    for row in session.execute(ARRIVALS, {"since": since}):
+        load = Load(row.num_jobs, row.cost, row.num_tokens).times(1 / row.seconds)
+        found.setdefault(row.model, {})[row.tenant_id] = Arriving(row.weight, load)
+    return found
 
 
 MAX_COUNTED = 1_000  # jobs of the own tenant that are counted one by one

@@ -26,7 +26,7 @@ from domain.errors import (
     PoisonRequest,
     UnsupportedParameter,
 )
-from domain.eta import Estimate
+from domain.eta import Eta
 from domain.job_options import JobOptions, deadline_of, refuse_impossible_deadline
 from domain.jobs import JobStatus, Lane, external_id, new_id
 from domain.limits import ClientCall, is_limited_context, note_standing
@@ -137,7 +137,7 @@ class Submitter:
         acceptor: GroupAcceptor,
         *,
         ring: Callable[[str, UUID], None],
-        estimate: Callable[[NewJob], Estimate | None] = lambda new_job: None,
+        estimate: Callable[[NewJob], Eta | None] = lambda new_job: None,
     ) -> None:
         """`ring(model id, job id)` is called after each accept; it must return at once and never raise. `estimate` says
         when a job would start and end, or None if that cannot be told."""
@@ -329,7 +329,7 @@ def make_job(
     )
 
 
-def with_estimate(new_job: NewJob, estimate: Callable[[NewJob], Estimate | None]) -> NewJob:
+def with_estimate(new_job: NewJob, estimate: Callable[[NewJob], Eta | None]) -> NewJob:
     """The job with the estimate of its start. If even nine of ten such jobs would start too late, it must not be
     accepted, unless it was before, or its answer may be known, so that it would not wait."""
     estimated = estimate(new_job)
@@ -340,7 +340,7 @@ def with_estimate(new_job: NewJob, estimate: Callable[[NewJob], Estimate | None]
         limits.append((new_job.deadline_at - datetime.now(UTC)).total_seconds())
     is_late = estimated.is_trustworthy and bool(limits) and estimated.start.p10 > min(limits)
     is_hopeless = is_late and new_job.answer_key is None
-    return replace(new_job, estimate=estimated, hopeless_seconds=estimated.start.p50 if is_hopeless else None)
+    return replace(new_job, eta=estimated, hopeless_seconds=estimated.start.p50 if is_hopeless else None)
 
 
 def unattainable(new_job: NewJob) -> DeadlineUnattainable:

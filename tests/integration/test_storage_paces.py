@@ -1,18 +1,21 @@
 """What estimates are made of: the newest records, and what is ahead in queues of any length."""
 
 from datetime import UTC, datetime, timedelta
-from uuid import uuid4
+from typing import Any
+from uuid import UUID, uuid4
 
+import pytest
+from sqlalchemy import update
 from sqlalchemy.orm import Session
 
-from domain.eta import MIN_SAMPLES, Estimate, Load, Quantiles
-from domain.jobs import JobKind, new_id
+from domain.eta import MIN_SAMPLES, Eta, Load, Quantiles
+from domain.jobs import BATCH_PRIORITY, JobKind, new_id
 from storage import job_queues, paces
 from storage.job_accept import AcceptOutcome, accept
-from storage.tables import DEFAULT_TENANT_ID, Job
+from storage.tables import DEFAULT_TENANT_ID, Job, JobFollower, TenantLoad
 from storage.usage import UsageRecord
 from tests.conftest import MakeJob
-from tests.storage_samples import MODEL, new_job
+from tests.storage_samples import MODEL, claim, new_job
 
 
 def record(number: int, **fields: object) -> UsageRecord:
@@ -49,16 +52,16 @@ def test_a_pace_is_that_of_the_newest_records(session: Session) -> None:
     session.flush()
     pace = paces.read(session, [MODEL, "never used"])[MODEL]
     assert (pace.num_jobs, pace.seconds_to_first_output, pace.seconds_per_token) == (paces.NUM_NEWEST, 2.0, 0.1)
-    assert (pace.token_share, pace.seconds_left) == (0.5, 3.0)
-    assert pace.start_errors == Quantiles(2.0, 2.0, 2.0)
-    assert pace.end_errors == Quantiles(2.0, 2.0, 2.0)
+    assert pace.token_share == 0.5
+    assert pace.start_errors.near(10.0) == Quantiles(2.0, 2.0, 2.0)
+    assert pace.end_errors.near(13.0) == Quantiles(2.0, 2.0, 2.0)
 
 
 def test_few_records_or_none_say_little(session: Session) -> None:
     session.add_all([record(number) for number in range(MIN_SAMPLES - 1)])
     session.flush()
     pace = paces.read(session, [MODEL])[MODEL]
-    assert (pace.num_jobs, pace.start_errors) == (MIN_SAMPLES - 1, None)
+    assert (pace.num_jobs, pace.start_errors.is_enough) == (MIN_SAMPLES - 1, False)
     assert paces.read(session, ["never used"]) == {}
 
 
@@ -67,10 +70,11 @@ def test_errors_of_ends_are_told_only_from_enough_of_them(session: Session) -> N
     session.add_all([record(number, eta_end_seconds=None) for number in range(MIN_SAMPLES)])
     session.flush()
     pace = paces.read(session, [MODEL])[MODEL]
-    assert (pace.start_errors, pace.end_errors) == (Quantiles(2.0, 2.0, 2.0), None)
+    assert pace.start_errors.near(10.0) == Quantiles(2.0, 2.0, 2.0)
+    assert not pace.end_errors.is_enough
     session.add_all([record(number) for number in range(MIN_SAMPLES - 1)])
     session.flush()
-    assert paces.read(session, [MODEL])[MODEL].end_errors is None
+    assert not paces.read(session, [MODEL])[MODEL].end_errors.is_enough
 
 
 def test_lines_of_batches_and_ends_in_the_queue_do_not_hide_a_pace(session: Session) -> None:
@@ -79,6 +83,22 @@ def test_lines_of_batches_and_ends_in_the_queue_do_not_hide_a_pace(session: Sess
     session.add_all([*lines, *ends, *(record(1000 + number) for number in range(MIN_SAMPLES))])
     session.flush()
     assert paces.read(session, [MODEL])[MODEL].num_jobs == MIN_SAMPLES
+
+
+def test_rates_of_arrival_are_those_of_the_newest_jobs(session: Session, make_job: MakeJob, make_tenant: Any) -> None:
+    busy, quiet = make_tenant(weight=2.0), make_tenant()
+    few = [make_job(tenant_id=quiet.id, model="another") for _ in range(3)]
+    make_job(tenant_id=quiet.id, priority=BATCH_PRIORITY)
+    jobs = [make_job(tenant_id=busy.id) for _ in range(paces.NUM_ARRIVALS + 5)]
+    session.execute(update(Job).values(created_at=datetime.now(UTC) - timedelta(seconds=10)))
+    found = paces.arrivals(session)
+    assert set(found) == {MODEL, "another"}
+    assert set(found[MODEL]) == {busy.id}, "a line of a batch overtakes nobody"
+    assert found[MODEL][busy.id].weight == 2.0
+    per_second = found[MODEL][busy.id].per_second
+    assert per_second.num_jobs == pytest.approx(paces.NUM_ARRIVALS / 10, rel=0.2)
+    assert per_second.cost == pytest.approx(per_second.num_jobs * jobs[0].cost)
+    assert found["another"][quiet.id].per_second.num_jobs == len(few) / paces.ARRIVAL_SECONDS, "all of a minute"
 
 
 def test_what_is_ahead_of_a_job_is_counted_up_to_a_bound(session: Session, make_job: MakeJob) -> None:
@@ -94,8 +114,26 @@ def test_what_is_ahead_of_a_job_is_counted_up_to_a_bound(session: Session, make_
     assert job_queues.positions(session, [made[3].id])[made[3].id].tokens_ahead == own.load.num_tokens
 
 
+def test_a_job_that_follows_another_one_has_its_place_and_is_ahead_of_nobody(
+    session: Session, make_job: MakeJob, make_tenant: Any
+) -> None:
+    leader, follower, late = make_job(), make_job(), make_tenant()
+    other = make_job(tenant_id=late.id)
+    session.execute(update(TenantLoad).where(TenantLoad.tenant_id == late.id).values(virtual_time=1e6))
+    session.add(JobFollower(job_id=follower.id, leader_id=leader.id))
+    session.commit()
+
+    def places() -> dict[UUID, int]:
+        found = job_queues.positions(session, [leader.id, follower.id, other.id])
+        return {id_: position.num_ahead for id_, position in found.items()}
+
+    assert places() == {leader.id: 0, follower.id: 0, other.id: 1}
+    claim(session, leader.id)
+    assert places() == {follower.id: 0, other.id: 0}
+
+
 def test_a_hopeless_job_is_accepted_only_if_it_was_before(session: Session) -> None:
-    job = new_job(idempotency_key="once", estimate=Estimate.at(2.0))
+    job = new_job(idempotency_key="once", eta=Eta.at(2.0))
     [first] = accept(session, [job], max_queued_jobs=9)
     assert session.get_one(Job, first.job_id).eta == [2.0, 2.0, 2.0, 4.5]
     [again] = accept(session, [new_job(idempotency_key="once", hopeless_seconds=60.0)], max_queued_jobs=9)

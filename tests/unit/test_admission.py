@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from domain.eta import Estimate, Quantiles
+from domain.eta import Eta, Quantiles
 from tasks.submit import unattainable, with_estimate
 from tests.storage_samples import new_job
 
 
-def estimated(*, is_trustworthy: bool = True) -> Estimate:
+def estimated(*, is_trustworthy: bool = True) -> Eta:
     """A start after 40 to 90 s."""
-    return Estimate(Quantiles(40, 60, 90), None, 60.0, 70.0, is_trustworthy)
+    return Eta(Quantiles(40, 60, 90), None, 60.0, 70.0, is_trustworthy)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_only_what_even_the_fastest_would_miss_is_refused(limits: dict[str, Any]
         limits = limits | {"deadline_at": datetime.now(UTC) + limits["deadline_at"]}
     job = with_estimate(new_job(**limits), lambda _: estimated())
     assert (job.hopeless_seconds is not None) is is_refused
-    assert job.estimate == estimated()
+    assert job.eta == estimated()
     assert with_estimate(new_job(**limits), lambda _: estimated(is_trustworthy=False)).hopeless_seconds is None
     assert with_estimate(new_job(**limits), lambda _: None).hopeless_seconds is None
     assert with_estimate(new_job(**limits, answer_key=b"known"), lambda _: estimated()).hopeless_seconds is None

@@ -14,7 +14,9 @@ from api.services import Services
 from dialects.native import QueueView
 from domain.eta import (
     FLOOR_SECONDS,
+    NUM_NEAREST,
     UNKNOWN_ERRORS,
+    Errors,
     FairOrder,
     Load,
     Pace,
@@ -27,7 +29,7 @@ from domain.eta import (
 
 A, B, C = UUID(int=1), UUID(int=2), UUID(int=3)
 
-PACE = Pace(num_jobs=100, seconds_to_first_output=1.0, seconds_per_token=0.1, token_share=0.5, seconds_left=3.0)
+PACE = Pace(num_jobs=100, seconds_to_first_output=1.0, seconds_per_token=0.1, token_share=0.5)
 
 
 def tenant(id_: UUID, virtual_time: float, num_jobs: int, *, weight: float = 1.0, num_running: int = 0) -> TenantQueue:
@@ -76,15 +78,60 @@ def test_a_free_slot_is_taken_at_once_and_a_taken_one_waited_for() -> None:
     many = estimate(Load(10, 0, 200), 20, Slots(1, 1, 20, 5), PACE)
     assert many.raw_start_seconds == pytest.approx(0.5 + 10 * (1 + 1))
     shared = estimate(Load(10, 0, 200), 20, Slots(4, 4, 80, 20), PACE)
-    assert shared.raw_start_seconds == pytest.approx((20 + 2 - 3 * 3) / 4)
+    assert shared.raw_start_seconds == pytest.approx((20 + 2 / 4) / 4), "one of four has 0.5 s left"
+
+
+def coming(id_: UUID, per_second: float, virtual_time: float, num_jobs: int = 0) -> TenantQueue:
+    load = Load(per_second, 10 * per_second, 4 * per_second)
+    return replace(tenant(id_, virtual_time, num_jobs, num_running=1), arriving=load)
+
+
+def test_whoever_comes_later_and_has_received_less_overtakes() -> None:
+    """A has waited long; B's two jobs a second each come before A's, whose turn is at 30."""
+    order = FairOrder([tenant(A, 0, 3), coming(B, 2.0, 0)])
+    assert order.fair_time(A, 30) == 30
+    assert order.ahead_of(A, Load(3, 30, 12)) == Load(3, 30, 12), "none of B's is there yet"
+    assert order.overtaking(A, 30.0, 1.0) == Load(2, 20, 8)
+    assert order.overtaking(A, 30.0, 8.0) == Load(3, 30, 12), "until B has received as much"
+    assert FairOrder([tenant(A, 0, 3), coming(B, 2.0, 50)]).overtaking(A, 30.0, 8.0) == Load()
+    assert FairOrder([coming(A, 5.0, 0, 3)]).overtaking(A, 30.0, 8.0) == Load(), "not its own tenant's"
+
+
+def test_an_estimate_foresees_those_who_will_overtake_until_the_start() -> None:
+    """On one slot each job takes 2 s, and one is half done; one in four seconds overtakes."""
+    pace, slots = Pace(num_jobs=100, seconds_per_token=0.1), Slots(1, 1, 20, 10)
+
+    def one_in_four_seconds(seconds: float) -> Load:
+        return Load(seconds / 4, 0, 20 * seconds / 4)
+
+    alone = estimate(Load(3, 0, 60), 20, slots, pace)
+    assert alone.raw_start_seconds == pytest.approx(1 + 6)
+    overtaken = estimate(Load(3, 0, 60), 20, slots, pace, one_in_four_seconds)
+    assert overtaken.raw_start_seconds == pytest.approx(14), "half of the time is theirs"
+    later = estimate(Load(3, 0, 60), 20, slots, pace, one_in_four_seconds, age_seconds=1.0)
+    assert later.raw_start_seconds == pytest.approx(15), "what came since the figures were read is ahead already"
+    swamped = estimate(Load(3, 0, 60), 20, slots, pace, lambda seconds: Load(0, 0, 20 * seconds))
+    assert swamped.raw_start_seconds == pytest.approx(7 + 2 * 64), "as far as it is foreseen"
+
+
+def test_short_and_long_waits_are_corrected_by_their_like() -> None:
+    short = [(0.5, 0.5 * 1.1 + 0.05 + number / 1000) for number in range(NUM_NEAREST)]
+    long = [(20.0, 40.5) for _ in range(NUM_NEAREST)]
+    errors = Errors([pair for both in zip(short, long, strict=True) for pair in both])
+    assert errors.is_enough
+    assert errors.near(0.4).p50 == pytest.approx(1.1, abs=0.05)
+    assert errors.near(30.0) == pytest.approx((2.0, 2.0, 2.0))
+    assert Errors(short[:5]).near(0.4) == UNKNOWN_ERRORS
 
 
 def test_recent_errors_correct_an_estimate() -> None:
-    pace = Pace(100, 1.0, 0.1, 0.5, 3.0, start_errors=Quantiles(1, 2, 4), end_errors=Quantiles(1, 1, 1))
+    spread = Errors([(0.5, error - FLOOR_SECONDS) for error in (1, 2, 4)] * 10)  # relative to 0.5 + FLOOR_SECONDS
+    pace = Pace(100, 1.0, 0.1, 0.5, start_errors=spread, end_errors=Errors([(1.0, 1.0)] * 30))
     estimated = estimate(Load(10, 0, 200), 20, Slots(1, 1, 20, 5), pace)
     raw = estimated.raw_start_seconds
     assert estimated.is_trustworthy
     assert estimated.start == pytest.approx((raw, 2 * raw + FLOOR_SECONDS, 4 * raw + 3 * FLOOR_SECONDS))
+    assert estimated.end == pytest.approx((estimated.raw_end_seconds,) * 3)
     assert estimated.stored == (raw, estimated.raw_end_seconds, estimated.start.p50, estimated.start.p90)
     assert Quantiles(0.1, 0.2, 0.3).of(0.0) == (0, 0, 0)
     unsure = estimate(Load(10, 0, 200), 20, Slots(1, 1, 20, 5), PACE)
@@ -93,9 +140,9 @@ def test_recent_errors_correct_an_estimate() -> None:
 
 
 def test_before_any_job_has_ended_the_workers_rate_counts() -> None:
-    pace = pace_by_rate(20.0, 2, mean_tokens=10)
+    pace = pace_by_rate(20.0, 2)
     assert estimate(Load(3, 0, 60), 20, Slots(2, 2, 40, 0), pace).raw_start_seconds == pytest.approx(
-        (60 + 40 - 5) * 0.1 / 2
+        (60 + 40 / 2) * 0.1 / 2
     )
 
 
