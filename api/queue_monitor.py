@@ -5,6 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -84,6 +85,7 @@ class QueueMonitor:
         self._recent_at = float("-inf")  # monotonic
         self._reading = asyncio.Lock()
         self._accepted_since: dict[tuple[str, UUID], Load] = {}
+        self._has_accepted = asyncio.Event()  # since the last read began
         self._refresher: asyncio.Task[None] | None = None
         self._asked: dict[UUID, asyncio.Future[QueuePosition | None]] = {}
         self._asked_in_long: dict[UUID, asyncio.Future[QueuePosition | None]] = {}  # in queues of over MAX_RANKED jobs
@@ -197,6 +199,7 @@ class QueueMonitor:
         key = (new_job.request.model_id, new_job.tenant_id)
         load = Load(1, new_job.cost, new_job.max_output_tokens)
         self._accepted_since[key] = self._accepted_since.get(key, Load()).plus(load)
+        self._has_accepted.set()
 
     def joining(self, submitted: Submitted) -> QueueView:
         """The place of a job accepted now, by the last figures: behind all of its tenant's, whatever its priority. Of
@@ -272,12 +275,15 @@ class QueueMonitor:
     async def _refresh_forever(self) -> None:
         while True:
             started = time.monotonic()
+            self._has_accepted.clear()
             try:
                 await self.refresh(max_age_seconds=MAX_AGE_SECONDS)
             except Exception:  # an outermost loop: the next read may succeed
                 log.exception("could not read the queues")
             pause = (time.monotonic() - started) * (1 / MAX_SHARE - 1)  # it reads every job that is queued
-            await asyncio.sleep(min(max(pause, REFRESH_SECONDS), MAX_PAUSE_SECONDS))
+            await asyncio.sleep(min(max(pause, MAX_AGE_SECONDS), MAX_PAUSE_SECONDS))
+            with suppress(TimeoutError):  # sooner while jobs come in, whose ETAs are only as good as the figures
+                await asyncio.wait_for(self._has_accepted.wait(), REFRESH_SECONDS - MAX_AGE_SECONDS)
 
 
 def _publish(queues: Mapping[str, ModelQueue]) -> None:
