@@ -10,11 +10,11 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psycopg
-from psycopg.errors import IdleInTransactionSessionTimeout, LockNotAvailable, ReadOnlySqlTransaction
+from psycopg.errors import IdleInTransactionSessionTimeout, ReadOnlySqlTransaction
 from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, func, make_url, select, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
@@ -98,6 +98,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MIGRATION_WAIT_SECONDS = 60.0
+
+MIGRATION_LOOK_SECONDS = 0.1
 
 POOL_TIMEOUT_SECONDS = 2.0  # a route that does not get a connection within this time answers 503
 
@@ -279,7 +281,8 @@ def migrate(url: str, say: Callable[[str], None] = log.warning) -> None:
     """
     parsed = database_url(url)
     refuse_shared_sessions(parsed)
-    database = create_engine(parsed, connect_args={"connect_timeout": CONNECT_TIMEOUT_SECONDS})
+    connect_args = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "prepare_threshold": None}
+    database = create_engine(parsed, connect_args=connect_args)
     try:
         with database.begin() as locking, database.connect() as connection:
             _take_migration_lock(locking, say)
@@ -289,23 +292,27 @@ def migrate(url: str, say: Callable[[str], None] = log.warning) -> None:
 
 
 def _take_migration_lock(connection: Connection, say: Callable[[str], None]) -> None:
-    """Take the lock until the end of the transaction."""
+    """Take the lock until the end of the transaction. Nobody who waits or holds it may keep a snapshot meanwhile, since
+    CREATE INDEX CONCURRENTLY waits for all of them: so waiting is asking again and again, and all statements are sent
+    without parameters, whose portals would live on."""
     # No idle timeout, since a migration may take a long time.
-    connection.execute(select(func.set_config("idle_in_transaction_session_timeout", "0", True)))
-    if connection.scalar(select(func.pg_try_advisory_xact_lock(MIGRATION_LOCK))):
+    connection.exec_driver_sql("SET LOCAL idle_in_transaction_session_timeout = 0")
+    if _try_migration_lock(connection):
         return
     other = f"another migration is running ({_lock_holder(connection)})"
     say(f"{other}; waiting up to {MIGRATION_WAIT_SECONDS:g} s for it")
-    connection.execute(select(func.set_config("lock_timeout", f"{round(1000 * MIGRATION_WAIT_SECONDS)}ms", True)))
-    try:
-        connection.execute(select(func.pg_advisory_xact_lock(MIGRATION_LOCK)))
-    except OperationalError as exc:
-        if not isinstance(exc.orig, LockNotAvailable):
-            raise
-        raise MigrationRunning(
-            f"{other} and did not end within {MIGRATION_WAIT_SECONDS:g} s; wait for it, or end it in PostgreSQL with "
-            "SELECT pg_terminate_backend(pid)"
-        ) from exc
+    ends_at = monotonic() + MIGRATION_WAIT_SECONDS
+    while not _try_migration_lock(connection):
+        if monotonic() > ends_at:
+            raise MigrationRunning(
+                f"{other} and did not end within {MIGRATION_WAIT_SECONDS:g} s; wait for it, or end it in PostgreSQL "
+                "with SELECT pg_terminate_backend(pid)"
+            )
+        sleep(MIGRATION_LOOK_SECONDS)
+
+
+def _try_migration_lock(connection: Connection) -> bool:
+    return bool(connection.exec_driver_sql(f"SELECT pg_try_advisory_xact_lock({MIGRATION_LOCK})").scalar())
 
 
 def _lock_holder(connection: Connection) -> str:

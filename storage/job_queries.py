@@ -16,7 +16,7 @@ from uuid import UUID
 from sqlalchemy import ColumnElement, Select, Text, bindparam, case, cast, literal, select, text, update
 from sqlalchemy.orm import Session
 
-from domain.jobs import Endpoint, JobStatus
+from domain.jobs import Endpoint, JobStatus, first_id
 from domain.model_names import parse_model_name
 from domain.requests import JobOutput, JobRequest, TokenChunk
 from storage.job_statements import CLOCK
@@ -108,6 +108,10 @@ def _is_of(name: str) -> list[ColumnElement[bool]]:
     return [Job.model == model_id] + ([] if adapter is None else [Job.adapter == adapter])
 
 
+# How much later than its job's acceptance, by the database's clock, the API may have drawn an id, by its own.
+CLOCK_SKEW_SECONDS = 3_600.0
+
+
 def list_jobs(
     session: Session,
     tenant_id: UUID,
@@ -130,13 +134,18 @@ def list_jobs(
     if model is not None:
         statement = statement.where(*_is_of(model))
     if created_after is not None:
-        statement = statement.where(Job.created_at > created_after)
+        statement = statement.where(
+            Job.created_at > created_after, Job.id > first_id(created_after.timestamp() - CLOCK_SKEW_SECONDS)
+        )
     for key, value in (metadata or {}).items():
         statement = statement.where(has_metadata(key, value))
     if idempotency_key is not None:
         statement = statement.where(Job.idempotency_key == idempotency_key)
     if batch is not None:
-        statement = statement.where(Job.idempotency_key.startswith(f"{batch} ", autoescape=True))
+        # Kept apart, so that the index of keys is used, and not that of all of the tenant's jobs in order.
+        keys = select(Job.id).where(Job.tenant_id == tenant_id)
+        keys = keys.where(Job.idempotency_key.startswith(f"{batch} ", autoescape=True)).offset(0)
+        statement = statement.where(Job.id.in_(keys))
     if after is not None:
         statement = statement.where(Job.id > after if order == "asc" else Job.id < after)
     statement = statement.order_by(Job.id.asc() if order == "asc" else Job.id.desc()).limit(limit)

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from uuid import UUID
 
 from sqlalchemy import delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from domain.jobs import first_id
 from storage.job_statements import CLOCK
 from storage.tables import MaintenanceFigure, MaintenanceTick
 
@@ -32,21 +32,31 @@ UPDATE tenant_load l SET
 WHERE l.tenant_id = ANY(CAST(:ids AS uuid[]))
 """)
 
-# Jobs that could run but have no live worker of their model. Every worker serves both lanes.
+# Jobs that could run but have no live worker of their model. Every worker serves both lanes. The models come from one
+# look into the index for each, so that jobs of those that are served are not read.
 UNSERVED = text(f"""
-SELECT j.model, j.lane, count(*) AS num_jobs FROM jobs j
-WHERE j.status = 'queued' AND j.available_at < {CLOCK} - make_interval(secs => :patience_seconds)
-    AND NOT EXISTS (SELECT FROM workers w WHERE w.model = j.model AND w.state = 'ready'
+WITH RECURSIVE queued(model) AS (
+    (SELECT model FROM jobs WHERE status = 'queued' ORDER BY model LIMIT 1)
+    UNION ALL
+    SELECT (SELECT j.model FROM jobs j WHERE j.status = 'queued' AND j.model > q.model ORDER BY j.model LIMIT 1)
+    FROM queued q WHERE q.model IS NOT NULL
+)
+SELECT j.model, j.lane, count(*) AS num_jobs FROM queued q CROSS JOIN LATERAL (
+    SELECT * FROM jobs j WHERE j.status = 'queued' AND j.model = q.model
+        AND j.available_at < {CLOCK} - make_interval(secs => :patience_seconds) OFFSET 0) j
+WHERE NOT EXISTS (SELECT FROM workers w WHERE w.model = q.model AND w.state = 'ready'
         AND w.seen_at > {CLOCK} - make_interval(secs => :live_seconds))
 GROUP BY j.model, j.lane
 """)  # noqa: S608  (CLOCK is a constant)
 
-# Rows that no statement of the protocol leaves behind; of ended jobs only the latest are checked.
+CHECKED_SECONDS = 3_600.0  # only jobs that were accepted within these, so that a long queue is not read every minute
+
+# Rows that no statement of the protocol leaves behind.
 ORPHANS = text(f"""
-SELECT (SELECT count(*) FROM jobs j WHERE j.status IN ('queued', 'in_progress')
+SELECT (SELECT count(*) FROM jobs j WHERE j.status IN ('queued', 'in_progress') AND j.id > :since
         AND NOT EXISTS (SELECT FROM job_payloads p WHERE p.job_id = j.id))
     + (SELECT count(*) FROM jobs j WHERE j.status = 'in_progress' AND j.lease_expires_at IS NULL)
-    + (SELECT count(*) FROM jobs j WHERE j.status = 'completed' AND j.prune_at > {CLOCK}
+    + (SELECT count(*) FROM jobs j WHERE j.status = 'completed' AND j.prune_at > {CLOCK} AND j.id > :since
         AND j.finished_at > {CLOCK} - interval '5 minutes' AND (
             NOT EXISTS (SELECT FROM job_results r WHERE r.job_id = j.id)
             OR j.committed_sequence_number <> (SELECT coalesce(max(c.sequence_number), 0) FROM job_chunks c
@@ -80,7 +90,7 @@ def unserved_jobs(session: Session, *, patience_seconds: float, live_seconds: fl
 
 def count_orphans(session: Session) -> int:
     """The number of rows that violate the protocol; anything but 0 is a bug."""
-    return int(session.scalar(ORPHANS) or 0)
+    return int(session.scalar(ORPHANS, {"since": first_id(time.time() - CHECKED_SECONDS)}) or 0)
 
 
 def set_figures(session: Session, name: str, value_by_label: dict[str, float]) -> None:
@@ -172,7 +182,7 @@ class RecentJobs:
 def recent_jobs(session: Session) -> RecentJobs:
     """Statistics on the jobs accepted within the last WINDOW_SECONDS, at most MAX_JOBS of them, over all tenants. Takes
     a millisecond or two."""
-    since = UUID(int=int((time.time() - WINDOW_SECONDS) * 1000) << 80)
+    since = first_id(time.time() - WINDOW_SECONDS)
     parameters = {"since": since, "limit": MAX_JOBS, "fractions": [0.5, 0.95, 0.99]}
     row = session.execute(RECENT, parameters).one()
     return RecentJobs(

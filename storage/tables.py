@@ -214,7 +214,15 @@ class Job(Row):
             "id",
             postgresql_where=text("status = 'queued'"),
         ),
-        Index("jobs_dead_idx", "tenant_id", text("id DESC"), postgresql_where=text("status = 'failed'")),
+        Index("jobs_status_idx", "tenant_id", "status", text("id DESC")),
+        Index(  # batch lines that wait to be let in: so that looking for them does not read all other jobs
+            "jobs_held_idx",
+            "model",
+            "tenant_id",
+            text("(EXTRACT(epoch FROM (available_at AT TIME ZONE 'UTC'::text)) - (600 * priority)::numeric)"),
+            "id",
+            postgresql_where=text("status = 'queued' AND lane = 'standard' AND priority < -10 AND num_dispatches = 0"),
+        ),
         # lease_expires_at is not indexed, so that renewals stay heap-only updates.
         Index("jobs_running_idx", "lease_owner", postgresql_where=text("status = 'in_progress'")),
         Index("jobs_tenant_idx", "tenant_id", text("id DESC")),
@@ -284,7 +292,7 @@ class Job(Row):
     answered_by: Mapped[UUID | None]  # the job whose output this one got a copy of; may have been pruned
     key_id: Mapped[str | None]  # the API key that it was submitted with
     engine_seconds: Mapped[float] = mapped_column(REAL, server_default="0")  # the newest attempt's, as committed
-    eta: Mapped[list[float] | None] = mapped_column(ARRAY(REAL))  # at acceptance, see `domain.eta.Estimate.stored`
+    eta: Mapped[list[float] | None] = mapped_column(ARRAY(REAL))  # at acceptance, see `domain.eta.Eta.stored`
 
     @property
     def model_name(self) -> str:

@@ -68,6 +68,14 @@ def test_a_statement_for_many_jobs_costs_in_proportion(
         assert num_rows_per_job < 50, f"{num_rows_per_job} rows a job for {size} jobs"
 
 
+def test_looking_for_batch_lines_reads_no_other_jobs(session: Session, make_job: MakeJob) -> None:
+    """It is part of each dispatch, also behind a million jobs none of which is a line."""
+    make_copies(session, make_job(), 3000)
+    session.execute(text("ANALYZE jobs"))
+    parameters = {"model": MODEL, "limit": 8, "num_tenants": 16, "num_rows": 32}
+    assert _rows_touched(session, job_statements.LET_LINES_IN, parameters) < 50
+
+
 def make_copies(session: Session, job: Job, count: int) -> None:
     """`count` more jobs like `job`; the default tenant has no others unfinished."""
     columns = "".join(f", {column.name}" for column in Job.__table__.c if column.name != "id")
