@@ -99,9 +99,10 @@ def bench_claim(sessions: sessionmaker[Session], figures: dict[str, float]) -> N
         claim_one(session)
         session.execute(text("SET LOCAL synchronous_commit = on"))
 
+    statements: tuple[Callable[[Session], object], ...] = (claim_one, claim_surely)
     by_turns: dict[str, list[float]] = {"claim 1 by turns": [], "claim 1, waiting for the disk": []}
     for _ in range(60):
-        for milliseconds, statement in zip(by_turns.values(), (claim_one, claim_surely), strict=True):
+        for milliseconds, statement in zip(by_turns.values(), statements, strict=True):
             milliseconds += timed(sessions, statement, repeats=1)
     for name, milliseconds in by_turns.items():
         report(name, milliseconds, jobs_per_call=1, figures=figures)
