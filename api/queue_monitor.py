@@ -47,7 +47,8 @@ REFRESH_SECONDS = 1.0
 MAX_AGE_SECONDS = 0.25  # of figures that need not be read again
 MAX_PAUSE_SECONDS = 3.0  # between two reads
 ANSWER_SECONDS = 2.0  # after this a query is abandoned, and the next one uses another connection
-STALE_SECONDS = 2 * (ANSWER_SECONDS + MAX_PAUSE_SECONDS)  # older figures are not shown: two reads have failed
+READ_SECONDS = 5.0  # the same for a read of all queues: a million queued jobs take one on a quiet machine
+STALE_SECONDS = 2 * (READ_SECONDS + MAX_PAUSE_SECONDS)  # older figures are not shown: two reads have failed
 FINDING_SECONDS = 60.0  # shorter waits are not worth an operator's attention
 MAX_RANKED = 2_000  # queued jobs of a model; in a longer queue, positions are estimated
 MAX_SHARE = 0.2  # of its time one database connection may spend on queries for positions
@@ -120,7 +121,7 @@ class QueueMonitor:
         """The queues, read again if they are older than `max_age_seconds`. Raises SQLAlchemyError or OSError."""
         async with self._reading:  # those that waited for the lock find fresh figures
             if time.monotonic() - self._read_at > max_age_seconds:
-                await within(ANSWER_SECONDS, self._read())
+                await within(READ_SECONDS, self._read())
         return self._queues
 
     async def refresh(self, *, max_age_seconds: float) -> None:
