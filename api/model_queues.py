@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from dialects.native import QueueView
 from domain.catalog import Catalog
-from domain.eta import Eta, FairOrder, Load, Pace, Slots, TenantQueue, estimate, nothing_more, pace_by_rate
+from domain.eta import Eta, FairOrder, Load, Pace, Slots, TenantQueue, estimate, level_of, nothing_more, pace_by_rate
 from domain.jobs import LiveWorker, ModelService, WaitingFor, WaitingJob, WorkerState, waiting_for
 from settings import Settings
 from storage import batch_lines, job_queues, paces, workers
@@ -228,7 +228,7 @@ def _order(
     }
     if not present or not arrivals:
         return FairOrder(present.values())
-    level = FairOrder(present.values()).level
+    level = level_of(present.values())
     coming = {
         tenant_id: replace(
             present.get(tenant_id) or TenantQueue(tenant_id, level, one.weight, 0, Load()), arriving=one.per_second

@@ -8,7 +8,7 @@ were off lately says how to correct the next one: the median of their errors giv
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from uuid import UUID
@@ -126,6 +126,12 @@ class TenantQueue:
         return self.load.times(min(1.0, (fair_time - self.virtual_time) * self.weight / self.load.cost))
 
 
+def level_of(tenants: Collection[TenantQueue]) -> float:
+    """Where a tenant begins that has been idle."""
+    active = (tenant.virtual_time for tenant in tenants if tenant.num_running)
+    return min(active, default=max((tenant.virtual_time for tenant in tenants), default=0.0))
+
+
 class FairOrder:
     """All tenants' queues of a model, for finding how much comes before a job in logarithmic time."""
 
@@ -148,9 +154,7 @@ class FairOrder:
             self._sums.append((total, slope))
         self.total = Load(*(sum(column) for column in zip(*(t.load for t in self.by_id.values()), strict=True)))
         self._present = {tenant.tenant_id for tenant in self.by_id.values() if tenant.num_running or tenant.load.cost}
-        active = [tenant.virtual_time for tenant in self.by_id.values() if tenant.num_running]
-        #: Where a tenant begins that has been idle.
-        self.level = min(active, default=max((t.virtual_time for t in self.by_id.values()), default=0.0))
+        self.level = level_of(self.by_id.values())
 
     def has_others(self, tenant_id: UUID) -> bool:
         """Whether any other tenant has jobs queued or running now."""
@@ -268,14 +272,16 @@ def _seconds_until_start(ahead: Load, slots: Slots, pace: Pace, overtaking: Fore
         work = pace.work(ahead.num_jobs + later.num_jobs, ahead.num_tokens + later.num_tokens)
         return age_seconds + (work + tokens_left * pace.seconds_per_token) / slots.num_slots
 
-    before, start_before = 0.0, start(Load())
-    for horizon in HORIZONS:
-        start_by_then = start(overtaking(horizon))
-        if start_by_then <= horizon:  # in between, as much comes in as is foreseen until the start
-            share = (start_before - before) / ((horizon - before) - (start_by_then - start_before))
-            return before + share * (horizon - before) - age_seconds
-        before, start_before = horizon, start_by_then
-    return start_before - age_seconds
+    def is_by(horizon: float) -> bool:
+        return start(overtaking(horizon)) <= horizon
+
+    if not is_by(HORIZONS[-1]):
+        return start(overtaking(HORIZONS[-1])) - age_seconds
+    place = bisect_left(HORIZONS, True, key=is_by)
+    before, after = HORIZONS[place - 1] if place else 0.0, HORIZONS[place]
+    # In between, as much comes in as is foreseen until the start.
+    early, late = start(overtaking(before) if before else NOTHING), start(overtaking(after))
+    return before + (early - before) * (after - before) / ((after - before) - (late - early)) - age_seconds
 
 
 def pace_by_rate(tokens_per_second: float, num_slots: int) -> Pace:
