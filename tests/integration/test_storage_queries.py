@@ -119,8 +119,10 @@ class TestQueue:
     def test_a_position_counts_the_tokens_ahead(self, session: Session, make_job: MakeJob) -> None:
         first, second = make_job(cost=100), make_job(cost=7)
         running = make_job(status=JobStatus.IN_PROGRESS)
-        assert job_queues.position(session, first.id) == QueuePosition(0, 0, num_tokens=97)
-        assert job_queues.position(session, second.id) == QueuePosition(1, 100, tokens_ahead=97, num_tokens=4)
+        assert job_queues.position(session, first.id) == QueuePosition(0, 0, num_tokens=97, turn=(first.tenant_id, 0.0))
+        assert job_queues.position(session, second.id) == QueuePosition(
+            1, 100, tokens_ahead=97, num_tokens=4, turn=(second.tenant_id, 100.0)
+        )
         assert job_queues.position(session, running.id) is None
 
     def test_figures_add_up_by_model(self, session: Session, make_job: MakeJob) -> None:
