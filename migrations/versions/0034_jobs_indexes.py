@@ -3,7 +3,7 @@
 from alembic import op
 
 revision = "0034"
-down_revision = "0032"
+down_revision = "0033"
 
 RANK = "(EXTRACT(epoch FROM (available_at AT TIME ZONE 'UTC'::text)) - (600 * priority)::numeric)"
 
