@@ -36,7 +36,7 @@ from tests.waiting import wait_until_async
 
 OVERLOAD = 3.0
 NUM_TOKENS = 10  # of each job: 0.2 s of a slot
-MAX_QUEUED = 100  # jobs of a tenant
+MAX_QUEUED = 30  # jobs of a tenant; together a few seconds of work
 TENANTS = {"one": 1.0, "two": 1.0, "three": 1.0}
 PEAK_SECONDS = 20.0
 WARM_SECONDS = 20.0  # of overload, before memory and goodput count
