@@ -99,6 +99,8 @@ def _shorten(record: logging.LogRecord) -> bool:
     return True
 
 
+_OWN_ATTRIBUTES = frozenset(RESERVED_ATTRS)  # of every record; the others are `extra`
+
 _TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -133,7 +135,7 @@ class _TextFormatter(logging.Formatter):
     """Appends the `extra` fields, as the JSON format does: they often have the reason of a failure."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        given = {name: value for name, value in vars(record).items() if name not in RESERVED_ATTRS}
+        given = {name: value for name, value in vars(record).items() if name not in _OWN_ATTRIBUTES}
         return super().formatMessage(record) + "".join(f" {name}={value}" for name, value in given.items())
 
     def formatException(self, exc_info: _ExcInfo) -> str:

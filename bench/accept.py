@@ -76,10 +76,20 @@ def _port_of(process: "subprocess.Popen[bytes]", log: Path) -> int:
     raise RuntimeError(f"no server started:\n{log.read_text()[-2000:]}")
 
 
-def load(port: int, body: Path, *, path: str, seconds: float, connections: int, rate: float | None) -> dict[str, Any]:
+def load(
+    port: int,
+    body: Path,
+    *,
+    path: str,
+    seconds: float,
+    connections: int,
+    rate: float | None,
+    key: str | None = None,
+) -> dict[str, Any]:
     options = ["--port", str(port), "--path", path, "--body", str(body)]
     options += ["--seconds", str(seconds), "--connections", str(connections)]
     options += ["--rate", str(rate)] if rate else []
+    options += ["--key", key] if key is not None else []
     command = [sys.executable, "-m", "bench.http_load", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -221,7 +231,8 @@ def bench_ceilings(
     trivial = [sys.executable, "-m", "bench.trivial_app"]
     with server(trivial, environment, folder / "trivial.log") as (process, port):
         generator, _ = measured("ceiling: generator, bare ASGI", process, port, body, path="/bare", **options)
-        _, cpu = measured("ceiling: FastAPI, nothing behind", process, port, body, path="/v1/jobs", **options)
+        measured("ceiling: FastAPI alone", process, port, body, path="/fastapi", **options)
+        _, cpu = measured("ceiling: our layers, nothing behind", process, port, body, path="/v1/jobs", **options)
     return generator, cpu
 
 

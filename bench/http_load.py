@@ -108,8 +108,18 @@ class Connection(asyncio.Protocol):
             self.is_waiting = False
 
 
-async def run(port: int, path: str, body: bytes, *, connections: int, seconds: float, rate: float | None) -> LoadReport:
+async def run(
+    port: int,
+    path: str,
+    body: bytes,
+    *,
+    connections: int,
+    seconds: float,
+    rate: float | None,
+    key: str | None,
+) -> LoadReport:
     head = f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}"
+    head += "" if key is None else f"\r\nauthorization: Bearer {key}"
     load = Load(f"{head}\r\n\r\n".encode() + body, seconds=seconds, rate=rate)
     loop = asyncio.get_running_loop()
     opened = [await loop.create_connection(lambda: Connection(load), "127.0.0.1", port) for _ in range(connections)]
@@ -165,9 +175,11 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--rate", type=float)
+    parser.add_argument("--key", help="an API key")
     given = parser.parse_args()
     body = given.body.read_bytes()
-    job = run(given.port, given.path, body, connections=given.connections, seconds=given.seconds, rate=given.rate)
+    limits = {"connections": given.connections, "seconds": given.seconds, "rate": given.rate}
+    job = run(given.port, given.path, body, key=given.key, **limits)
     print(json.dumps(asdict(uvloop.run(job))))
 
 

@@ -84,8 +84,10 @@ def _excess_of_list(items: list[object], bounds: ListBounds, location: Location)
         return Overlong(location, len(items), bounds.max_items)
     if bounds.items is None:
         return None
-    found = (_excess(item, bounds.items, (*location, number)) for number, item in enumerate(items))
-    return next((excess for excess in found if excess is not None), None)
+    for number, item in enumerate(items):
+        if (excess := _excess(item, bounds.items, (*location, number))) is not None:
+            return excess
+    return None
 
 
 def _excess_of_object(
@@ -95,10 +97,11 @@ def _excess_of_object(
         return Overlong(location, len(fields), bounds.max_entries)
     if bounds.field_names is not None and len(fields) > len(bounds.field_names) + MAX_UNKNOWN_FIELDS:
         return UnknownFields((*location, next(name for name in fields if name not in bounds.field_names)))
-    found = (
-        _excess(value, bounds.by_field.get(name, bounds.entries), (*location, name)) for name, value in fields.items()
-    )
-    return next((excess for excess in found if excess is not None), None)
+    for name, value in fields.items():
+        inner = bounds.by_field.get(name, bounds.entries)
+        if inner is not None and (excess := _excess(value, inner, (*location, name))) is not None:
+            return excess
+    return None
 
 
 @lru_cache

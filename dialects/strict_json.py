@@ -18,7 +18,7 @@ class NotFinite(ValueError):
 def loads_strictly(text: str) -> Any:
     """Raises DuplicateKey, NotFinite, json.JSONDecodeError, ValueError for an integer of thousands of digits, and
     RecursionError."""
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    return _STRICTLY.decode(text)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -35,3 +35,6 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise NotFinite(constant)
+
+
+_STRICTLY = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)

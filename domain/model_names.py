@@ -1,5 +1,6 @@
 """The names by which requests ask for a model: `base`, or `base:adapter` for one of its LoRA adapters."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 
@@ -10,6 +11,7 @@ class ModelName(NamedTuple):
     adapter: str | None
 
 
+@lru_cache(maxsize=1024)  # a request asks a dozen times
 def parse_model_name(name: str) -> ModelName:
     """No model's id contains a colon."""
     model_id, _, adapter = name.partition(":")

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from uuid import UUID
 
 import orjson
-from sqlalchemy import ARRAY, Row, Uuid, any_, bindparam, select, text
+from sqlalchemy import ARRAY, Row, Uuid, any_, bindparam, case, func, select, text
 from sqlalchemy.orm import Session
 
 from domain.requests import JobOutput
@@ -107,8 +107,14 @@ pair AS MATERIALIZED (  -- the count locks all of them before tenant_load
 {COMPLETED}
 """)
 
+# The output of each leader once, as many of the jobs may have the same one.
 COMPLETE = (
-    select(Job, JobResult.result)
+    select(
+        Job,
+        case((func.row_number().over(partition_by=Job.answered_by, order_by=Job.id) == 1, JobResult.result)).label(
+            "result"
+        ),
+    )
     .join(JobResult, JobResult.job_id == Job.id)
     .where(Job.id == any_(bindparam("ids", type_=ARRAY(Uuid))))
 )
@@ -152,9 +158,10 @@ def answer(session: Session, new_jobs: Sequence[NewJob], *, max_age_seconds: flo
     completed = _ended(session, session.execute(ANSWER, parameters).all())
     if not completed:
         return {}
-    rows = session.execute(COMPLETE, {"ids": [one.job_id for one in completed]})
+    rows = session.execute(COMPLETE, {"ids": [one.job_id for one in completed]}).all()
+    result_by_leader = {job.answered_by: result for job, result in rows if result is not None}
     new_job_by_id = {job.id: job for job in new_jobs}
-    return {job.id: _record(job, result, new_job_by_id[job.id]) for job, result in rows}
+    return {job.id: _record(job, result_by_leader[job.answered_by], new_job_by_id[job.id]) for job, _ in rows}
 
 
 def _record(job: Job, result: JobOutput, new_job: NewJob) -> JobRecord:

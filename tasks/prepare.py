@@ -394,13 +394,17 @@ class RequestPreparer:
         """Start the models' grammar compilers in the background. Call it again when the models change."""
         self._grammar_gate.prepare(self._views.loaded())
 
-    async def prepare(self, request: JobRequest, tenant_id: UUID) -> PreparedRequest:
-        """Raises the CeleriacError that says why the request cannot become a job."""
+    async def prepare(
+        self, request: JobRequest, tenant_id: UUID, known_ids: list[int] | None = None
+    ) -> PreparedRequest:
+        """`known_ids` are those of its prompt, if they are known. Raises the CeleriacError that says why the request
+        cannot become a job."""
         view = self._views.get(request.model)
         refuse_unfit(request, view)
         if isinstance(request, EmbeddingRequest):
             return prepare_embedding(request, view, await self._tokenizing.encode_inputs(view, request))
-        prepared = prepare_generation(request, view, await self._tokenizing.encode(view, request))
+        token_ids = await self._tokenizing.encode(view, request) if known_ids is None else known_ids
+        prepared = prepare_generation(request, view, token_ids)
         if request.params.structured_output is not None and not view.spec.passes_messages:
             await self._grammar_gate.check(view, request.params.structured_output, tenant_id)
         return prepared

@@ -40,6 +40,7 @@ from storage.job_queries import JobRecord
 from tasks import job_log
 from tasks.accept import GroupAcceptor
 from tasks.answer_keys import answer_key
+from tasks.known_prompts import KnownPrompts
 from tasks.prepare import PreparedRequest, RequestPreparer
 from tasks.webhook_http import TargetGuard
 from text.models import ModelView, ModelViews
@@ -147,6 +148,7 @@ class Submitter:
         self._ring = ring
         self._estimate = estimate
         self._preparer = RequestPreparer(views)
+        self._known_prompts = KnownPrompts()
         self._webhook_guard = TargetGuard(settings)
 
     async def submit(
@@ -203,6 +205,8 @@ class Submitter:
             job_log.accepted(new_job)
             if accepted.record is not None:
                 job_log.answered(new_job)
+                view = self._views.get(new_job.request.model)
+                self._known_prompts.note(view, new_job.tenant_id, new_job.request_hash, new_job.prompt_token_ids)
             else:
                 self._ring(new_job.request.model_id, new_job.id)
         else:
@@ -220,7 +224,9 @@ class Submitter:
         view = self._views.get(request.model)
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url) or self._check_callback(options.callback)
-        prepared = await self._preparer.prepare(request, tenant_id)
+        asked = request_hash(request, options)
+        known_ids = self._known_prompts.find(view, tenant_id, asked)
+        prepared = await self._preparer.prepare(request, tenant_id, known_ids)
         return make_job(
             tenant_id,
             request,
@@ -228,6 +234,7 @@ class Submitter:
             view,
             prepared,
             settings=self._settings,
+            asked=asked,
             webhook_url=webhook_url,
             key=answer_key(request, options, view, prepared, self._settings),
         )
@@ -292,10 +299,12 @@ def make_job(
     prepared: PreparedRequest,
     *,
     settings: Settings,
+    asked: bytes,
     webhook_url: str | None = None,
     key: bytes | None = None,
 ) -> NewJob:
-    """`request` is the one received; `prepared` has every default filled in; `key` is its `answer_key`."""
+    """`request` is the one received, and `asked` its `request_hash`; `prepared` has every default filled in; `key` is
+    its `answer_key`."""
     return NewJob(
         id=new_id(),
         tenant_id=tenant_id,
@@ -307,7 +316,7 @@ def make_job(
         seed=prepared.seed,
         max_failures=settings.max_failures,
         result_ttl_seconds=options.result_ttl_seconds or settings.result_ttl_seconds,
-        request_hash=request_hash(request, options),
+        request_hash=asked,
         fingerprint=fingerprint(view.revision, prepared.prompt_token_ids, request),
         idempotency_key=options.idempotency_key,
         priority=options.priority,

@@ -1,6 +1,7 @@
 """The response cache: a request that was answered before is a job that is born completed, with the same output."""
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from api.queue_monitor import QueueMonitor
 from api.services import Services
 from domain.access import Limits
 from domain.jobs import JobError, JobStatus, external_id, parse_id
+from metrics import Process, registries
 from settings import Settings
 from storage import administration, answers, job_queues, tenants
 from storage.administration import TenantChanges
@@ -124,6 +126,36 @@ def test_neither_a_hit_nor_a_follower_takes_tokens_of_a_limit(
         ).one()
     assert len(costs) == 2
     assert unused == sum(costs) + leader_left
+
+
+def test_many_hits_at_once_have_the_answers_to_their_own_questions(
+    client: httpx.Client, hand_worker: HandWorker
+) -> None:
+    prompts = ["abc", "bcd", "cde"]
+    for prompt in prompts:
+        run(hand_worker, ask(client, prompt).json()["id"], f"answer to {prompt}")
+    with ThreadPoolExecutor(12) as pool:
+        asked = [prompt for prompt in prompts for _ in range(8)]
+        found = list(pool.map(lambda prompt: ask(client, prompt).json(), asked))
+    assert [job["output"]["text"] for job in found] == [f"answer to {prompt}" for prompt in asked]
+
+
+def test_a_question_whose_answer_is_known_is_not_tokenized_again(
+    client: httpx.Client, hand_worker: HandWorker, clients: tuple[httpx.Client, httpx.Client]
+) -> None:
+    run(hand_worker, ask(client).json()["id"], "Hello")
+    assert outcome_of(ask(client)) == (200, "hit", True)
+    before = num_tokenized()
+    assert outcome_of(ask(client)) == (200, "hit", True)
+    assert num_tokenized() == before
+    ask(client, "another question")
+    ask(clients[1])  # another tenant's, which nobody has answered
+    assert num_tokenized() == before + 2
+
+
+def num_tokenized() -> float:
+    """How many prompts this process, in which the API runs, has tokenized."""
+    return registries[Process.API].get_sample_value("celeriac_tokenize_seconds_count", {"model": "large"}) or 0.0
 
 
 def test_a_hit_joins_no_queue(

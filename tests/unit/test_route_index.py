@@ -1,6 +1,7 @@
 """Requests find the route that comparing them with one route after another would find, and its function is called."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import pytest
 from fastapi import Depends
@@ -66,7 +67,7 @@ def test_a_function_that_asks_for_what_only_fastapi_can_give_is_refused() -> Non
     async def wants_a_query(request: Request, limit: int) -> Response:
         raise AssertionError(limit)
 
-    async def wants_a_dependency(request: Request, key: Response = Depends(answer_path)) -> Response:  # noqa: B008
+    async def wants_a_dependency(request: Request, key: Annotated[Response, Depends(answer_path)]) -> Response:
         raise AssertionError(key)
 
     for function in (wants_a_query, wants_a_dependency):
