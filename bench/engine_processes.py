@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,7 @@ import psutil
 from tokenizers import Tokenizer
 
 from bench.engine_child import NUM_SLOTS
+from bench.stream_client import stream_completion
 from local.lifetime import ending_with_us
 from local.processes import free_port
 from settings import ROOT
@@ -241,32 +243,21 @@ def _measure_http(
     first: list[float] = []
     gaps: list[float] = []
 
-    async def one(client: httpx.AsyncClient, prompt: list[int]) -> int:
+    async def one(prompt: list[int]) -> int:
         body: dict[str, Any] = {"model": model, "max_tokens": num_new_tokens, "temperature": 0, "stream": True}
         body |= {"prompt": prompt if tokenizer is None else tokenizer.decode(prompt)}
         if tokenizer is None:
             body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
-        num_tokens = num_chunks = 0
         async with place:
-            last = time.perf_counter()
-            async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
-                assert response.status_code == 200, await response.aread()
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    chunk = json.loads(line[6:])
-                    if not chunk["choices"]:
-                        num_tokens = chunk["usage"]["completion_tokens"]
-                        continue
-                    now = time.perf_counter()
-                    (gaps if num_chunks else first).append(now - last)
-                    last, num_chunks = now, num_chunks + 1
-        return num_tokens or num_chunks
+            began = time.perf_counter()
+            streamed = await stream_completion(url, body)
+        first.append(streamed.arrivals[0] - began)
+        gaps.extend(later - earlier for earlier, later in pairwise(streamed.arrivals))
+        return streamed.num_tokens
 
     async def all_of_them() -> list[int]:
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(timeout=ANSWER_SECONDS, limits=limits, trust_env=False) as client:
-            return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return await asyncio.gather(*map(one, prompts))
 
     before, started = _cpu_seconds(pids), time.perf_counter()
     counts = asyncio.run(all_of_them())
