@@ -46,7 +46,7 @@ SAMPLED := tests/integration/test_engine_contamination.py tests/integration/test
 	tests/integration/test_celery.py tests/unit_engine/test_engine_sampling.py tests/chaos/test_model_checker.py \
 	tests/integration/test_upgrades.py tests/unit/test_output_cuts.py
 
-.PHONY: help run test test-fast test-engines thorough check index format conformance browser docs fuzz upgrades chaos bench constraints clean
+.PHONY: help run test test-fast test-engines thorough check index format conformance browser docs fuzz upgrades chaos causes bench constraints clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -103,6 +103,9 @@ upgrades: $(READY_TO_TEST) ## processes of the last release and of this one in a
 
 chaos: $(READY_TO_TEST) ## kill, pause and flush while jobs run, and judge what came out: make chaos SECONDS=600 SEED=7
 	$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED)
+
+causes: $(READY_TO_TEST) ## bring about one trouble after another, and measure who names it after how many seconds: a quarter of an hour
+	$(BIN)/python -m tests.chaos.causes
 
 bench: $(READY_TO_TEST) ## every speed figure, measured on this machine, beside its ceiling
 	@for name in storage accept request_cost hostile noisy_neighbour overload time_to_first_token consumer engine engine_restart; do echo "== $$name"; $(BIN)/python -m bench.$$name || exit 1; done

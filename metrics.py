@@ -244,6 +244,10 @@ webhook_oldest_due_seconds = _api.gauge(
     "webhook_oldest_due_seconds", "How long the oldest due delivery has been waiting."
 )
 
+health_reasons = _api.gauge(
+    "health_reasons", "1 for each reason why this API sees an installation that is not well, else 0.", ["reason"]
+)
+
 maintenance_findings = _api.gauge(
     "maintenance_findings",
     "Totals of stalled_jobs and load_drift; current orphans, unserved_jobs, gone_revision_jobs and silent_clocks.",

@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     flower_port: int = Field(default=5555, ge=0, le=65535)
     maintenance_host: str = "127.0.0.1"  # where a maintenance process serves its /health and /metrics
     maintenance_port: int = Field(default=0, ge=0, le=65535)  # 0: any free port, written to its log
-    maintenance_silence_seconds: float = Field(default=30.0, gt=0)  # without a tick before /health reports it
+    maintenance_silence_seconds: float = Field(default=15.0, gt=0)  # without a tick before /health reports it
     auth: Literal["none", "api_key"] = "none"  # "none" is allowed only on the loopback interface
     allowed_hosts: str = ""  # host names besides localhost for the API and Flower without keys, comma-separated
     root_path: str = Field(default="", pattern=r"^(/[A-Za-z0-9._~-]+)*$")  # under which a proxy serves the API

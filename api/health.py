@@ -4,7 +4,6 @@ The health routes need no key, as they reveal no secrets and nothing about singl
 """
 
 import asyncio
-from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -19,14 +18,16 @@ from api.errors import database_unavailable
 from api.model_queues import ModelQueue
 from api.openapi import TEXT
 from api.queue_monitor import STALE_SECONDS, Finding
+from api.reasons import FATAL, OF_REDIS, ReasonCode, advice
 from api.services import Services, private_router, services_of
 from dialects.openai_views import View
-from domain.jobs import IN_GOOD_ORDER, WaitingFor
+from domain.jobs import WaitingFor
 from metrics import Process, registries
 from storage.maintenance import RecentJobs, Spread
-from storage.streams import REDIS_OUTAGES
 
-CHECK_SECONDS = 2.0  # how long the database and Redis may each take to answer
+CHECK_SECONDS = 2.0  # how long the database may take to answer
+
+MAX_AGE_SECONDS = 0.25  # of what is shown: anyone may ask
 
 public = APIRouter(tags=["Operations"])
 
@@ -95,21 +96,6 @@ class FindingView(View):
     message: str
 
 
-#: What an operator should do, by what the jobs wait for.
-ADVICE = {
-    WaitingFor.WORKER: "this model has no live worker: start one with celeriac worker --model {model}",
-    WaitingFor.MODEL_LOAD: "its workers are loading the model or busy with others, or its remote server is away: see "
-    "celeriac workers, and their logs",
-    WaitingFor.REVISION: "they started with a revision of the model that no worker serves any more: see "
-    "CELERIAC_REVISION_POLICY, or cancel and retry them",
-    WaitingFor.ISOLATION: "they must run alone, as their tenant's jobs have crashed an engine: see the workers' logs",
-    WaitingFor.LIMIT: "batch jobs have used up their share of the slots: see CELERIAC_BATCH_RESERVE",
-    WaitingFor.PAUSE: "the model is unloaded, or its workers are draining: load it, or resume or start a worker",
-}
-SEE_DATABASE = "see whether PostgreSQL runs, and CELERIAC_DATABASE_URL"
-SEE_REDIS = "see whether Redis runs, and CELERIAC_REDIS_URL"
-
-
 class HealthView(View):
     """`workers_drained_since` lists the workers that an operator has drained.
 
@@ -160,19 +146,20 @@ async def ready(request: Request, response: Response) -> ReadyView:
 async def health(request: Request, response: Response) -> HealthView:
     """The state of the whole installation. 503 only if jobs cannot be accepted."""
     services = services_of(request)
-    database, redis = await asyncio.gather(_check_database(services), _check_redis(services))
-    if database == "ok":
-        await services.monitor.refresh(max_age_seconds=STALE_SECONDS)  # such as right after the start
+    has_read = services.monitor.has_read
+    found = await services.examiner.look(max_age_seconds=MAX_AGE_SECONDS)
+    if not has_read and not found.has(FATAL):  # right after the start
+        await services.monitor.refresh(max_age_seconds=STALE_SECONDS)
+        found = await services.examiner.look(max_age_seconds=0)
     queues = services.monitor.queues.values()
     num_workers = sum(queue.num_workers for queue in queues)
-    findings = services.monitor.findings
-    reasons = _reasons(services, database, redis, num_workers, findings)
-    response.status_code = 200 if database == "ok" else 503
+    response.status_code = 503 if found.has(FATAL) else 200
+    can_ask = not found.has(frozenset({ReasonCode.DATABASE_UNAVAILABLE}))
     return HealthView(
-        status="unhealthy" if database != "ok" else "degraded" if reasons else "ok",
-        reasons=reasons,
-        database=database,
-        redis=redis,
+        status="unhealthy" if found.has(FATAL) else "degraded" if found.reasons else "ok",
+        reasons=[reason.sentence for reason in found.reasons],
+        database="unavailable" if found.has(FATAL) else "ok",
+        redis="unavailable" if found.has(OF_REDIS) else "ok",
         draining=services.draining.is_set(),
         models=[spec.id for spec in services.catalog],
         models_unavailable=list(services.catalog.unavailable),
@@ -189,43 +176,9 @@ async def health(request: Request, response: Response) -> HealthView:
                 clock: round(age, 3) for clock, age in services.monitor.seconds_since_ticks.items()
             },
         ),
-        findings=[_finding_view(finding) for finding in findings],
-        metrics=_metrics(await services.monitor.recent()) if database == "ok" else None,
+        findings=[_finding_view(finding) for finding in services.monitor.findings],
+        metrics=_metrics(await services.monitor.recent()) if can_ask else None,
     )
-
-
-def _reasons(
-    services: Services,
-    database: ComponentStatus,
-    redis: ComponentStatus,
-    num_workers: int,
-    findings: Sequence[Finding],
-) -> list[str]:
-    """Why not all is well. Anyone may read them, so they hold no reasons that name files."""
-    reasons = []
-    if database != "ok":
-        reasons.append(
-            f"the database does not answer within {CHECK_SECONDS:g} s: no job can be accepted; {SEE_DATABASE}"
-        )
-    elif not services.monitor.is_fresh:
-        reasons.append(
-            f"the queues could not be read for {STALE_SECONDS:g} s: the database is slow; see its load, and its log"
-        )
-    elif num_workers == 0:
-        reasons.append("no worker is ready: start one with celeriac worker, or see the logs of those that are loading")
-    if redis != "ok":
-        reasons.append(
-            f"Redis does not answer within {CHECK_SECONDS:g} s: streams are slower, nothing is lost; {SEE_REDIS}"
-        )
-    if services.draining.is_set():
-        reasons.append("this API process is stopping")
-    if silent := services.monitor.silent_clocks:
-        reasons.append(f"maintenance is silent ({', '.join(silent)}): start celeriac maintenance, or see its log")
-    for finding in findings:
-        if finding.reason not in IN_GOOD_ORDER:
-            reasons.append(f"jobs of {finding.model} have been waiting for {finding.reason.value}: {_advice(finding)}")
-    reasons += [f"model {model} is unavailable: /v1/models says why" for model in services.catalog.unavailable]
-    return reasons
 
 
 @router.get("/metrics", response_class=Response, responses={200: TEXT})
@@ -241,12 +194,8 @@ def _finding_view(finding: Finding) -> FindingView:
         waiting_for=finding.reason,
         jobs=finding.num_jobs,
         seconds=finding.seconds,
-        message=_advice(finding),
+        message=advice(finding),
     )
-
-
-def _advice(finding: Finding) -> str:
-    return ADVICE[finding.reason].format(model=finding.model)
 
 
 def _metrics(recent: RecentJobs | None) -> MetricsView | None:
@@ -272,15 +221,6 @@ async def _check_database(services: Services) -> ComponentStatus:
         async with asyncio.timeout(CHECK_SECONDS), services.sessions() as session:
             await session.execute(text("SELECT 1"))
     except (SQLAlchemyError, OSError, TimeoutError):
-        return "unavailable"
-    return "ok"
-
-
-async def _check_redis(services: Services) -> ComponentStatus:
-    try:
-        async with asyncio.timeout(CHECK_SECONDS):
-            await services.redis.ping()
-    except REDIS_OUTAGES:
         return "unavailable"
     return "ok"
 

@@ -108,6 +108,11 @@ class QueueMonitor:
         return time.monotonic() - self._read_at < STALE_SECONDS
 
     @property
+    def has_read(self) -> bool:
+        """Whether the database has answered since this process started."""
+        return self._read_at > float("-inf")
+
+    @property
     def queues(self) -> Mapping[str, ModelQueue]:
         """The queues by model, at most STALE_SECONDS old; empty while the database does not answer."""
         return self._queues if self.is_fresh else {}

@@ -18,6 +18,7 @@ from starlette.requests import HTTPConnection, Request
 
 from api.authentication import REMEMBER_SECONDS, Authenticator, Credential
 from api.errors import database_unavailable
+from api.examiner import Examiner, open_examiner
 from api.limits import (
     LargeWork,
     RequestPlaces,
@@ -29,6 +30,7 @@ from api.limits import (
 from api.openapi import NEEDS_KEY, REFUSALS
 from api.pools import MAX_READS, MAX_WRITES, open_pools
 from api.queue_monitor import QueueMonitor
+from api.reasons import installation_reasons
 from api.routes import DirectRoute, Handler
 from api.scopes import scope_of
 from dialects.native import QueueView
@@ -85,6 +87,7 @@ class Services:
     submitter: Submitter
     dispatcher: Dispatcher
     monitor: QueueMonitor
+    examiner: Examiner
     streams: StreamReader
     slots: StreamPlaces
     large_work: LargeWork
@@ -93,7 +96,7 @@ class Services:
     large_bodies: RequestPlaces
     read_turns: SharedTurns
     write_turns: SharedTurns
-    draining: asyncio.Event = field(default_factory=asyncio.Event)  # set on SIGTERM: no longer ready, and streams end
+    draining: asyncio.Event  # set on SIGTERM: no longer ready, and streams end
     background: set["asyncio.Task[None]"] = field(default_factory=set)  # the tasks of `spawn` that are not done
     delivered: list[UUID] = field(default_factory=list)  # jobs for `note_delivered`, while others are being written
     is_noting_delivered: bool = False
@@ -264,6 +267,9 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         stack.push_async_callback(authenticator.aclose)
         is_shared = settings.auth != "none"
         streams = StreamReader(settings.redis_url, pools.system_statements, is_shared=is_shared)
+        draining = asyncio.Event()
+        others = partial(installation_reasons, monitor, catalog, draining)
+        examiner = await stack.enter_async_context(open_examiner(settings, client, others))
         large_work = LargeWork()
         stack.callback(large_work.close)
         services = Services(
@@ -280,6 +286,8 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             dispatcher=dispatcher,
             monitor=monitor,
             streams=await stack.enter_async_context(streams),
+            examiner=examiner,
+            draining=draining,
             slots=StreamPlaces(settings.max_streams, is_shared=is_shared),
             large_work=large_work,
             uploads=places_of_uploads(settings.max_uploads, is_shared=is_shared),

@@ -7,7 +7,7 @@ from typing import Any
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import NoPermissionError
+from redis.exceptions import NoPermissionError, OutOfMemoryError, ResponseError
 from redis.retry import Retry
 
 from celeriac.examination.results import CheckResult, clock_result, fail, ok, warn
@@ -28,6 +28,7 @@ KEY_BY_PATTERN = {
     "*.pidbox*": "doctor.reply.celery.pidbox",
     "celeryev.*": "celeryev.doctor",
 }
+PROBE = "celeriac.doctor"
 CHANNEL = "celeriac:stream:doctor"
 PATTERN = "/0.doctor*"
 
@@ -44,6 +45,7 @@ def broker_results(settings: Settings) -> Iterator[CheckResult]:
             client.ping()
             yield from _server_results(client, settings.redis_parts)
             yield _permission_result(client)
+            yield _write_result(client)
     except (redis.RedisError, OSError) as exc:
         remedy = "start it with celeriac up, or check CELERIAC_REDIS_URL: host, password, and rediss:// for TLS"
         yield fail("Redis", f"it refuses us: {exc}", remedy)
@@ -105,9 +107,22 @@ def _permission_result(client: "redis.Redis") -> CheckResult:
             attempt()
         except NoPermissionError:
             refused.append(what)
+        except ResponseError:  # such as for want of memory, which `_write_result` names
+            continue
     if refused:
         return fail("permissions", f"Redis refuses us {', '.join(refused)}", "see the ACL in docs/operations.md#redis")
     return ok("permissions", "Redis lets us use all that we need")
+
+
+def _write_result(client: "redis.Redis") -> CheckResult:
+    """A key that is gone at once."""
+    try:
+        client.set(PROBE, "", px=1)
+    except OutOfMemoryError:
+        return fail("writes to Redis", "it has no memory left", "raise its maxmemory; nothing is lost meanwhile")
+    except ResponseError as exc:
+        return fail("writes to Redis", f"it refuses them: {exc}", "see its log: its disk may be full")
+    return ok("writes to Redis", "it takes them")
 
 
 def _subscribe(client: "redis.Redis") -> None:

@@ -11,12 +11,11 @@ from sqlalchemy.pool import NullPool
 from celeriac.examination.results import CheckResult, clock_result, fail, ok, warn
 from domain.jobs import WorkerState
 from settings import Settings
-from storage import job_queues, maintenance, row_security, workers
+from storage import job_queues, maintenance, row_security, troubles, workers
 from storage.database import CONNECT_ARGS, MIGRATIONS, SharedSessions, database_url, refuse_shared_sessions
 from storage.tables import Worker
 
 MIN_POSTGRES = 14
-BUSY_CONNECTIONS = 0.8  # of those that PostgreSQL allows
 STATEMENT_SECONDS = 10
 
 
@@ -30,8 +29,14 @@ def database_results(settings: Settings) -> Iterator[CheckResult]:
         yield fail("pooler", str(exc), "set pool_mode = session in the pooler")
         return
     except SQLAlchemyError as exc:
+        seen = _first_line(exc)
+        if "too many clients" in seen or "connection slots" in seen:
+            yield fail(
+                "connections", f"none is left: {seen}", "raise max_connections of PostgreSQL, or run fewer processes"
+            )
+            return
         remedy = "start it with celeriac up, or name a server in CELERIAC_DATABASE_URL"
-        yield fail("database", f"it does not answer: {_first_line(exc)}", remedy)
+        yield fail("database", f"it does not answer: {seen}", remedy)
         return
     database = create_engine(
         url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=CONNECT_ARGS
@@ -40,6 +45,8 @@ def database_results(settings: Settings) -> Iterator[CheckResult]:
         with database.connect() as connection:
             connection.execute(text(f"SET statement_timeout = '{STATEMENT_SECONDS}s'"))
             yield from _server_results(connection, time.monotonic() - begun_at)
+            with Session(connection) as session:
+                yield from _trouble_results(session)
             schema = schema_result(connection)
             yield schema
             if schema.level != "fail":
@@ -72,22 +79,39 @@ def _server_results(connection: Connection, seconds: float) -> Iterator[CheckRes
         yield warn("database", f"{seen}; a crash may lose accepted jobs", "set fsync = on and synchronous_commit = on")
     else:
         yield ok("database", seen)
-    yield _connections_result(connection)
     asked_at = time.time()
     server_time = float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())")) or 0)
     yield clock_result("clock of the database", server_time, asked_at, time.time(), "run NTP on both machines")
 
 
-def _connections_result(connection: Connection) -> CheckResult:
-    statement = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'client backend'"
-    used, allowed = (
-        int(connection.scalar(text(statement)) or 0),
-        int(str(connection.scalar(text("SHOW max_connections")))),
-    )
-    seen = f"{used} of {allowed} connections are in use"
-    if used > BUSY_CONNECTIONS * allowed:
-        return warn("connections", seen, "raise max_connections of PostgreSQL, or run fewer processes")
-    return ok("connections", seen)
+def _trouble_results(session: Session) -> Iterator[CheckResult]:
+    """What may be wrong while it answers. Before all that reads tables, which may be locked."""
+    state = troubles.server_state(session)
+    seen = f"{state.num_connections} of {state.max_connections} connections are in use"
+    if state.is_short_of_connections:
+        yield warn("connections", seen, "raise max_connections of PostgreSQL, or run fewer processes")
+    else:
+        yield ok("connections", seen)
+    for blocker in troubles.blockers(session):
+        named = f" ({blocker.application})" if blocker.application else ""
+        seen = f"{blocker.num_waiting} sessions wait for a lock of process {blocker.pid}{named} of PostgreSQL"
+        yield fail("locks", seen, f"end what it does, or SELECT pg_terminate_backend({blocker.pid})")
+    if not state.is_standby:
+        yield _write_result(session)
+
+
+def _write_result(session: Session) -> CheckResult:
+    """Into a temporary table, which nobody sees."""
+    try:
+        troubles.try_to_write(session)
+    except SQLAlchemyError as exc:
+        session.rollback()
+        if getattr(getattr(exc, "orig", None), "sqlstate", None) == troubles.DISK_FULL:
+            return fail("disk of the database", "it is full", "make room on it; no job can be accepted until then")
+        return warn(
+            "disk of the database", f"could not try to write: {_first_line(exc)}", "GRANT TEMPORARY to our role"
+        )
+    return ok("disk of the database", "it takes what is written")
 
 
 def _row_security_result(connection: Connection) -> CheckResult:
@@ -137,6 +161,9 @@ def _worker_results(session: Session, settings: Settings) -> Iterator[CheckResul
     drained, unloaded = {drain.hostname for drain in workers.list_drains(session)}, workers.unloaded_models(session)
     num_queued = {model: figures.num_queued for model, figures in job_queues.queue_figures(session).items()}
     default = settings.default_model
+    for worker in troubles.silent_workers(session):
+        seen = f"{worker.hostname} ({worker.model}) has been silent for {worker.seconds:.0f} s"
+        yield warn("workers", seen, "it was killed, is frozen or cut off: restart it, or see its log")
     if not live:
         yield fail("workers", "no worker is alive", "start one: celeriac worker")
     models = {worker.model for worker in live} | {model for model, num in num_queued.items() if num}

@@ -171,14 +171,15 @@ def _health_results(url: str, health: dict[str, Any]) -> Iterator[CheckResult]:
     if status is None:
         yield fail("API", f"what answers at {url} is not this API", "name it with --url or CELERIAC_API_URL")
     elif status == "unhealthy":
-        yield fail("API", f"{url} answers, but its database does not", "see the API's log and CELERIAC_DATABASE_URL")
-    elif health["redis"] != "ok":
-        yield fail("API", f"{url} answers, but its Redis does not", "see the API's log and CELERIAC_REDIS_URL")
+        yield fail("API", f"{url} answers, but accepts no jobs", "see what it says below, and its log")
     else:
         yield ok("API", f"{url} answers: {status}, {health['queue_size']} queued, {health['running']} running")
     for finding in health.get("findings", ()):
         seen = f"{finding['jobs']} jobs of {finding['model']} wait for {finding['waiting_for']}"
         yield warn("queue", f"{seen}, since {finding['seconds']:.0f} s", finding["message"])
+    for reason in health.get("reasons", ()):
+        seen, _, remedy = reason.partition(": ")
+        yield (fail if status == "unhealthy" else warn)("API", f"it sees that {seen}", remedy)
 
 
 def _release_results(url: str) -> Iterator[CheckResult]:

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from domain.clocks import MAX_SKEW_SECONDS, skew_seconds
+
 Level = Literal["ok", "warn", "fail"]
 
 
@@ -31,13 +33,9 @@ def fail(name: str, seen: str, remedy: str) -> CheckResult:
     return CheckResult(name, "fail", seen, remedy)
 
 
-MAX_SKEW_SECONDS = 1.0
-
-
 def clock_result(name: str, server_time: float, asked_at: float, answered_at: float, remedy: str) -> CheckResult:
-    """Compares a server's clock with this machine's; all times are in seconds since 1970. The server read its clock at
-    some moment between the question and the answer, so what may be due to that is no skew."""
-    skew = server_time - min(max(server_time, asked_at), answered_at)
+    """Compares a server's clock with this machine's; all times are in seconds since 1970."""
+    skew = skew_seconds(server_time, asked_at, answered_at)
     if abs(skew) > MAX_SKEW_SECONDS:
         direction = "ahead of" if skew > 0 else "behind"
         return warn(name, f"its clock is {abs(skew):.1f} s {direction} this machine's", remedy)

@@ -95,15 +95,15 @@ class Part:
         self.incarnations: list[Incarnation] = []
         self.is_held = False  # not to be started again
         self._arguments = arguments
-        self._start = start
-        self._environment = dict(environment)
+        self.start_process = start
+        self.environment = dict(environment)
         self._log_path = log_path
         self._folder = folder
         self._restart_at = 0.0
 
     def start(self) -> None:
         with self._log_path.open("ab") as log:
-            process = self._start(self._arguments, self._environment, log, self._folder)
+            process = self.start_process(self._arguments, self.environment, log, self._folder)
         self.incarnations.append(Incarnation(process, time.time()))
 
     def __repr__(self) -> str:

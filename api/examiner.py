@@ -1,0 +1,263 @@
+"""Why not all is well: the dependencies of this process, looked at every two seconds, each trouble with its remedy.
+
+It has a connection of its own, since those of requests are all in use when a table is locked. /health shows the reasons
+and /metrics counts them, so neither waits for the other to notice. Anyone may read them: they hold no address and no
+path.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import redis.asyncio
+from redis.exceptions import AuthenticationError, OutOfMemoryError, ResponseError
+from sqlalchemy import event
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+
+from api.reasons import NO_JOBS, Reason, ReasonCode
+from domain.clocks import MAX_SKEW_SECONDS, skew_seconds
+from metrics import health_reasons
+from observability import describe_exception
+from settings import Settings
+from storage import troubles
+from storage.database import async_session_factory, open_statement_database, repeatable, within
+from storage.streams import REDIS_OUTAGES
+from storage.troubles import DISK_FULL, READ_ONLY, ServerState
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+EXAMINE_SECONDS = 2.0  # between two looks
+CHECK_SECONDS = 2.0  # how long the database and Redis may each take to answer
+LOCK_MILLISECONDS = 500  # for which the examiner itself waits for a lock
+WRITE_SECONDS = 5.0  # between two tries to write
+BLOCKED_SECONDS = 10.0  # for which a lock is named after it was last waited for: those that give up come back
+SETTLED_SECONDS = 10.0  # after an outage, until those that could not report count as silent
+REDIS_PROBE = "celeriac.health"
+
+
+#: What PostgreSQL or the system says when a connection is refused, and what that means. It has no codes for clients.
+REFUSALS = (
+    ("too many clients", ReasonCode.DATABASE_CONNECTIONS, "raise its max_connections, or run fewer processes"),
+    ("connection slots", ReasonCode.DATABASE_CONNECTIONS, "raise its max_connections, or run fewer processes"),
+    ("No space left", ReasonCode.DATABASE_FULL, "make room on its disk"),
+    ("refused", ReasonCode.DATABASE_UNAVAILABLE, "nothing listens there, start PostgreSQL or see its log"),
+    (
+        "closed the connection unexpectedly",
+        ReasonCode.DATABASE_UNAVAILABLE,
+        "it ended, start PostgreSQL or see its log",
+    ),
+    ("No such file", ReasonCode.DATABASE_UNAVAILABLE, "nothing listens there, start PostgreSQL or see its log"),
+    ("starting up", ReasonCode.DATABASE_UNAVAILABLE, "it is starting, wait or see its log"),
+    ("recovery", ReasonCode.DATABASE_UNAVAILABLE, "it recovers from a crash, wait or see its log"),
+    ("shutting down", ReasonCode.DATABASE_UNAVAILABLE, "it is stopping, start it again"),
+    ("authentication failed", ReasonCode.DATABASE_UNAVAILABLE, "it refuses our user, see CELERIAC_DATABASE_URL"),
+)
+
+
+@dataclass(slots=True)
+class Findings:
+    """What the last look saw."""
+
+    at: float = float("-inf")  # monotonic
+    reasons: list[Reason] = field(default_factory=list)
+
+    def has(self, codes: frozenset[ReasonCode]) -> bool:
+        return any(reason.code in codes for reason in self.reasons)
+
+
+class Examiner:
+    """`others` are the reasons that need no look, such as what the queue monitor knows. See `open_examiner`."""
+
+    def __init__(
+        self,
+        sessions: async_sessionmaker[AsyncSession],
+        client: "redis.asyncio.Redis",
+        others: Callable[[Sequence[Reason]], Iterator[Reason]],
+    ) -> None:
+        self._sessions = sessions
+        self._redis = client
+        self._others = others
+        self._looking = asyncio.Lock()
+        self._findings = Findings()
+        self._written_at = float("-inf")  # monotonic
+        self._write_reason: Reason | None = None
+        self._blocker: Reason | None = None
+        self._blocked_at = float("-inf")  # monotonic
+        self._was_away_at = time.monotonic()
+
+    async def look(self, *, max_age_seconds: float) -> Findings:
+        """What is wrong, looked at again if that is older than this. Never raises for what it finds."""
+        async with self._looking:
+            if time.monotonic() - self._findings.at > max_age_seconds:
+                of_database, of_redis = await asyncio.gather(self._database_reasons(), self._redis_reasons())
+                seen = [*of_database, *of_redis]
+                self._findings = Findings(time.monotonic(), [*seen, *self._others(seen)])
+                self._publish()
+        return self._findings
+
+    async def look_forever(self) -> None:
+        while True:
+            try:
+                await self.look(max_age_seconds=EXAMINE_SECONDS / 2)
+            except Exception:  # an outermost loop: the next look may succeed
+                log.exception("could not examine the dependencies")
+            await asyncio.sleep(EXAMINE_SECONDS)
+
+    def _publish(self) -> None:
+        found = {reason.code for reason in self._findings.reasons}
+        for code in ReasonCode:
+            health_reasons.labels(code.value).set(code in found)
+
+    # PostgreSQL
+
+    async def _database_reasons(self) -> list[Reason]:
+        asked_at = time.time()
+        try:
+            state = await self._ask(troubles.server_state)
+        except (SQLAlchemyError, OSError) as exc:
+            self._was_away_at = time.monotonic()
+            return [refusal(exc)]
+        reasons = list(_state_reasons(state, asked_at, time.time()))
+        if state.is_standby:
+            return reasons
+        reasons += await self._lock_reasons()
+        reasons += await self._write_reasons()
+        if time.monotonic() - self._was_away_at > SETTLED_SECONDS:
+            reasons += await self._worker_reasons()
+        return reasons
+
+    async def _lock_reasons(self) -> list[Reason]:
+        found = await self._answer(troubles.blockers)
+        if found:
+            first = found[0]
+            named = f" ({first.application})" if first.application else ""
+            sentence = (
+                f"{first.num_waiting} sessions of PostgreSQL have waited up to {first.seconds:.0f} s for a lock of its "
+                f"process {first.pid}{named}: end that, such as with SELECT pg_terminate_backend({first.pid})"
+            )
+            self._blocker, self._blocked_at = Reason(ReasonCode.DATABASE_LOCKED, sentence), time.monotonic()
+        if self._blocker is None or time.monotonic() - self._blocked_at > BLOCKED_SECONDS:
+            return []
+        return [self._blocker]
+
+    async def _write_reasons(self) -> list[Reason]:
+        if time.monotonic() - self._written_at > WRITE_SECONDS:
+            self._written_at = time.monotonic()
+            self._write_reason = None
+            try:
+                await self._ask(troubles.try_to_write)
+            except (SQLAlchemyError, OSError) as exc:
+                self._write_reason = _write_refusal(exc)
+        return [self._write_reason] if self._write_reason else []
+
+    async def _worker_reasons(self) -> list[Reason]:
+        """All silent workers in one sentence."""
+        silent = await self._answer(troubles.silent_workers)
+        if not silent:
+            return []
+        named = ", ".join(f"{worker.hostname} for {worker.seconds:.0f} s" for worker in silent)
+        remedy = "it was killed, is frozen or cut off, restart it or see its log"
+        return [Reason(ReasonCode.WORKER_SILENT, f"a worker is silent ({named}): {remedy}")]
+
+    async def _answer(self, function: Callable[..., list[T]]) -> list[T]:
+        """Nothing, if the database does not answer."""
+        try:
+            return await self._ask(function)
+        except (SQLAlchemyError, OSError) as exc:
+            log.debug(
+                "could not examine the database", extra={"reason": describe_exception(exc)}
+            )  # another look tells why
+            return []
+
+    def _ask(self, function: Callable[..., T]) -> Awaitable[T]:
+        return within(CHECK_SECONDS, repeatable(self._sessions, function))
+
+    # Redis
+
+    async def _redis_reasons(self) -> list[Reason]:
+        """Writes, since Redis answers to a PING as well when it is full."""
+        try:
+            async with asyncio.timeout(CHECK_SECONDS):
+                await self._redis.set(REDIS_PROBE, "", ex=60)
+        except OutOfMemoryError:
+            remedy = "raise its maxmemory; streams and starts are slower, nothing is lost"
+            return [Reason(ReasonCode.REDIS_FULL, f"Redis has no memory left: {remedy}")]
+        except (AuthenticationError, ResponseError) as exc:
+            what = str(exc).partition(".")[0]
+            return [Reason(ReasonCode.REDIS_REFUSES, f"Redis refuses to write ({what}): see its log and its ACL")]
+        except REDIS_OUTAGES:
+            what = f"Redis does not answer within {CHECK_SECONDS:g} s"
+            remedy = "see whether it runs, and CELERIAC_REDIS_URL; streams are slower, nothing is lost"
+            return [Reason(ReasonCode.REDIS_UNAVAILABLE, f"{what}: {remedy}")]
+        return []
+
+
+def refusal(exc: BaseException) -> Reason:
+    """Why the database cannot be asked."""
+    said = str(getattr(exc, "orig", None) or exc)
+    for words, code, remedy in REFUSALS:
+        if words in said:
+            what = "PostgreSQL gives no connection"
+            return Reason(code, f"{what}: {remedy}; {NO_JOBS}")
+    what = f"the database does not answer within {CHECK_SECONDS:g} s"
+    return Reason(
+        ReasonCode.DATABASE_UNAVAILABLE,
+        f"{what}: it hangs or is cut off, see its log and CELERIAC_DATABASE_URL; {NO_JOBS}",
+    )
+
+
+def _write_refusal(exc: BaseException) -> Reason | None:
+    state = getattr(getattr(exc, "orig", None), "sqlstate", None)
+    if state == DISK_FULL:
+        return Reason(ReasonCode.DATABASE_FULL, f"PostgreSQL's disk is full: make room on it; {NO_JOBS} until then")
+    if state == READ_ONLY:
+        return Reason(ReasonCode.DATABASE_READ_ONLY, f"PostgreSQL takes no writes: name its primary; {NO_JOBS}")
+    log.debug("could not try to write", extra={"reason": describe_exception(exc)})  # such as for want of a right
+    return None
+
+
+def _state_reasons(state: ServerState, asked_at: float, answered_at: float) -> Iterator[Reason]:
+    if state.is_standby:
+        remedy = "list all servers in CELERIAC_DATABASE_URL, with target_session_attrs=read-write"
+        yield Reason(ReasonCode.DATABASE_READ_ONLY, f"PostgreSQL is a standby: {remedy}; {NO_JOBS}")
+    if state.is_short_of_connections:
+        seen = f"{state.num_connections} of {state.max_connections} connections of PostgreSQL are in use"
+        remedy = "raise its max_connections, or run fewer processes"
+        yield Reason(ReasonCode.DATABASE_CONNECTIONS, f"{seen}: {remedy}")
+    skew = skew_seconds(state.clock, asked_at, answered_at)
+    if abs(skew) > MAX_SKEW_SECONDS:
+        direction = "behind" if skew > 0 else "ahead of"
+        seen = f"this API's clock is {abs(skew):.1f} s {direction} the database's"
+        yield Reason(ReasonCode.CLOCK, f"{seen}: run NTP on both machines")
+
+
+def _be_impatient(connection: Any, record: object) -> None:
+    """Statements that are abandoned after CHECK_SECONDS end then, or the next look would find no connection."""
+    cursor = connection.cursor()
+    cursor.execute(f"SET lock_timeout = '{LOCK_MILLISECONDS}ms'; SET statement_timeout = '{CHECK_SECONDS:g}s'")
+    cursor.close()
+    connection.commit()
+
+
+@asynccontextmanager
+async def open_examiner(
+    settings: Settings, client: "redis.asyncio.Redis", others: Callable[[Sequence[Reason]], Iterator[Reason]]
+) -> AsyncIterator[Examiner]:
+    """Looks until it is closed."""
+    database = open_statement_database(settings.database_url, pool_size=1, max_overflow=1)
+    event.listen(database.sync_engine, "connect", _be_impatient)
+    examiner = Examiner(async_session_factory(database), client, others)
+    looking: asyncio.Task[Any] = asyncio.create_task(examiner.look_forever())
+    try:
+        yield examiner
+    finally:
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)
+        await database.dispose()

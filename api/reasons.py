@@ -1,0 +1,95 @@
+"""What may be wrong with an installation: a code for each trouble, and a sentence with its remedy.
+
+Anyone may read the sentences, in /health: they hold no address, no path and nothing about single jobs.
+"""
+
+import asyncio
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from api.queue_monitor import STALE_SECONDS, Finding, QueueMonitor
+from domain.catalog import Catalog
+from domain.jobs import IN_GOOD_ORDER, WaitingFor
+
+
+class ReasonCode(StrEnum):
+    """The label of the metric; a sentence goes with each."""
+
+    DATABASE_UNAVAILABLE = "database_unavailable"
+    DATABASE_CONNECTIONS = "database_connections"
+    DATABASE_FULL = "database_full"
+    DATABASE_READ_ONLY = "database_read_only"
+    DATABASE_LOCKED = "database_locked"
+    DATABASE_SLOW = "database_slow"
+    CLOCK = "clock"
+    REDIS_UNAVAILABLE = "redis_unavailable"
+    REDIS_FULL = "redis_full"
+    REDIS_REFUSES = "redis_refuses"
+    NO_WORKER = "no_worker"
+    WORKER_SILENT = "worker_silent"
+    MAINTENANCE_SILENT = "maintenance_silent"
+    STOPPING = "stopping"
+    JOBS_WAIT = "jobs_wait"
+    MODEL_UNAVAILABLE = "model_unavailable"
+
+
+#: With any of these, no job can be accepted.
+FATAL = frozenset({ReasonCode.DATABASE_UNAVAILABLE, ReasonCode.DATABASE_FULL, ReasonCode.DATABASE_READ_ONLY})
+OF_REDIS = frozenset({ReasonCode.REDIS_UNAVAILABLE, ReasonCode.REDIS_FULL, ReasonCode.REDIS_REFUSES})
+
+
+NO_JOBS = "no job can be accepted"
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    code: ReasonCode
+    sentence: str  # what is wrong, a colon, and what to do
+
+
+#: What an operator should do, by what the jobs wait for.
+ADVICE = {
+    WaitingFor.WORKER: "this model has no live worker: start one with celeriac worker --model {model}",
+    WaitingFor.MODEL_LOAD: "its workers are loading the model or busy with others, or its remote server is away: see "
+    "celeriac workers, and their logs",
+    WaitingFor.REVISION: "they started with a revision of the model that no worker serves any more: see "
+    "CELERIAC_REVISION_POLICY, or cancel and retry them",
+    WaitingFor.ISOLATION: "they must run alone, as their tenant's jobs have crashed an engine: see the workers' logs",
+    WaitingFor.LIMIT: "batch jobs have used up their share of the slots: see CELERIAC_BATCH_RESERVE",
+    WaitingFor.PAUSE: "the model is unloaded, or its workers are draining: load it, or resume or start a worker",
+}
+
+
+def advice(finding: Finding) -> str:
+    return ADVICE[finding.reason].format(model=finding.model)
+
+
+def installation_reasons(
+    monitor: QueueMonitor, catalog: Catalog, draining: asyncio.Event, seen: Iterable[Reason]
+) -> Iterator[Reason]:
+    """What the queue monitor knows. While the database is at fault, which `seen` tells, nobody else is blamed."""
+    codes = {reason.code for reason in seen}
+    if not codes & (FATAL | {ReasonCode.DATABASE_LOCKED, ReasonCode.DATABASE_CONNECTIONS}) and not monitor.is_fresh:
+        slow = f"the queues could not be read for {STALE_SECONDS:g} s"
+        yield Reason(ReasonCode.DATABASE_SLOW, f"{slow}: the database is slow, see what runs in pg_stat_activity")
+    if monitor.is_fresh:
+        yield from _absences(monitor)
+    if draining.is_set():
+        yield Reason(ReasonCode.STOPPING, "this API process is stopping")
+    for finding in monitor.findings:
+        if finding.reason not in IN_GOOD_ORDER:
+            waiting = f"jobs of {finding.model} have been waiting for {finding.reason.value}"
+            yield Reason(ReasonCode.JOBS_WAIT, f"{waiting}: {advice(finding)}")
+    for model in catalog.unavailable:
+        yield Reason(ReasonCode.MODEL_UNAVAILABLE, f"model {model} is unavailable: /v1/models says why")
+
+
+def _absences(monitor: QueueMonitor) -> Iterator[Reason]:
+    if not any(queue.num_workers for queue in monitor.queues.values()):
+        remedy = "start one with celeriac worker, or see the logs of those that are loading"
+        yield Reason(ReasonCode.NO_WORKER, f"no worker is ready: {remedy}")
+    if silent := monitor.silent_clocks:
+        named = ", ".join(silent)
+        remedy = "start celeriac maintenance, or see its log"
+        yield Reason(ReasonCode.MAINTENANCE_SILENT, f"maintenance is silent ({named}): {remedy}")

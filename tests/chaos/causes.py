@@ -1,0 +1,285 @@
+"""How soon the cause of a trouble is named, by whom.
+
+    python -m tests.chaos.causes                        # all of them: a quarter of an hour
+    python -m tests.chaos.causes --only "redis is full" --only "a table is locked"
+
+The whole system runs with two APIs, two workers of the fake model and a Prometheus, if there is one, which evaluates
+the rules of deploy/alerts.yml as they are shipped. One cause after the other is brought about, and undone. Measured is
+the time until each of /health, `celeriac doctor` and an alert that fires says what it is; the dashboard shows what
+/health says. A client submits jobs all the while: those that were accepted must complete. The last line is JSON.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psycopg
+
+from local.processes import free_port
+from settings import ROOT
+from tests.chaos.cause_list import CAUSES, MODELS, Cause, Scene
+from tests.chaos.plant import Plant, start_prepared, start_python
+from tests.waiting import wait_until
+
+LIMIT_SECONDS = 30.0
+PATIENCE_SECONDS = 45.0  # after which nobody names it any more
+LOOK_SECONDS = 0.25
+HEAL_SECONDS = 120.0
+WITNESSES = ("health", "doctor", "alert")
+
+
+@dataclass(slots=True)
+class Verdict:
+    """Seconds until each witness named the cause, and in which words."""
+
+    cause: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)
+    last_said: dict[str, str] = field(default_factory=dict)
+    silent: list[str] = field(default_factory=list)  # the witnesses that should have named it, and did not in time
+
+
+class Watch:
+    """Asks all witnesses, each in a thread of its own, until each has named the cause or it is over."""
+
+    def __init__(self, scene: Scene, cause: Cause, prometheus_url: str | None) -> None:
+        self._scene, self._cause = scene, cause
+        self._prometheus_url = prometheus_url
+        self._began_at = time.monotonic()
+        self.verdict = Verdict(cause.name)
+
+    def run(self) -> Verdict:
+        threads = [threading.Thread(target=self._ask, args=(witness,)) for witness in WITNESSES]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        asked = [witness for witness in WITNESSES if self._pattern(witness) is not None]
+        late = [witness for witness in asked if self.verdict.seconds.get(witness, LIMIT_SECONDS) >= LIMIT_SECONDS]
+        self.verdict.silent = late
+        return self.verdict
+
+    def _pattern(self, witness: str) -> str | None:
+        """None if this witness is not expected to name the cause, or is not there."""
+        if witness == "alert" and self._prometheus_url is None:
+            return None
+        expected: str | None = getattr(self._cause, witness)
+        return expected
+
+    def _ask(self, witness: str) -> None:
+        expected = self._pattern(witness)
+        ask: Callable[[], str] = getattr(self, f"_{witness}")
+        if expected is None:
+            return
+        while time.monotonic() - self._began_at < PATIENCE_SECONDS:
+            said = ask()
+            self.verdict.last_said[witness] = said
+            if found := re.search(expected, said):
+                self.verdict.seconds[witness] = round(time.monotonic() - self._began_at, 1)
+                line = next((line for line in said.splitlines() if found[0] in line), found[0])
+                self.verdict.words[witness] = line[:300]
+                return
+            time.sleep(LOOK_SECONDS)
+
+    def _health(self) -> str:
+        try:
+            answer = httpx.get(f"{self._scene.plant.api_urls[0]}/health", timeout=20)
+            return "\n".join(answer.json()["reasons"])
+        except (httpx.HTTPError, ValueError, KeyError) as exc:
+            return f"no answer: {exc}"
+
+    def _doctor(self) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "celeriac", "doctor", "--url", self._scene.plant.api_urls[self._cause.doctor_api]],
+            env=self._scene.doctor_environment(),
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        lines = re.sub(r"\n +->", " ->", done.stdout).splitlines()
+        return "\n".join(f"{line} (exit {done.returncode})" for line in lines if not line.startswith("ok"))
+
+    def _alert(self) -> str:
+        return firing(self._prometheus_url)
+
+
+def firing(prometheus_url: str | None) -> str:
+    """A line for each alert that fires."""
+    alerts = []
+    if prometheus_url is not None:
+        alerts = httpx.get(f"{prometheus_url}/api/v1/alerts", timeout=10).json()["data"]["alerts"]
+    return "\n".join(
+        f"{alert['labels']['alertname']} {alert['labels'].get('reason', '')}: {alert['annotations']['summary']}"
+        for alert in alerts
+        if alert["state"] == "firing"
+    )
+
+
+@contextmanager
+def prometheus(plant: Plant, folder: Path) -> Iterator[str | None]:
+    """One that scrapes the plant by the intervals that deploy/prometheus.yml has; its URL, or None without one."""
+    if shutil.which("prometheus") is None:
+        yield None
+        return
+    shipped = (ROOT / "deploy/prometheus.yml").read_text()
+    intervals = re.findall(r"^  (?:scrape|evaluation)_interval: \w+", shipped, re.MULTILINE)
+    jobs = {"api": plant.apis, "worker": plant.workers, "maintenance": plant.maintenance}
+    targets = {job: [_metrics_of(plant, part.name, part.log()) for part in parts] for job, parts in jobs.items()}
+    lines = ["global:", *intervals, f"rule_files: ['{ROOT / 'deploy/alerts.yml'}']", "scrape_configs:"]
+    for job, addresses in targets.items():
+        lines += [f"  - job_name: celeriac-{job}", f"    static_configs: [{{ targets: {json.dumps(addresses)} }}]"]
+    (folder / "prometheus.yml").write_text("\n".join(lines) + "\n")
+    port = free_port("127.0.0.1", 0)
+    with (folder / "logs/prometheus.log").open("wb") as log:
+        process = subprocess.Popen(
+            [
+                "prometheus",
+                f"--config.file={folder / 'prometheus.yml'}",
+                f"--storage.tsdb.path={folder / 'tsdb'}",
+                f"--web.listen-address=127.0.0.1:{port}",
+            ],
+            stdout=log,
+            stderr=log,
+        )
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _metrics_of(plant: Plant, name: str, log: str) -> str:
+    urls = re.findall(r"metrics on http://([\w.:]+)", log)
+    if name.startswith("api"):
+        return plant.api_urls[int(name[-1]) - 1].removeprefix("http://")
+    return str(urls[-1])
+
+
+class Trickle:
+    """Submits a job every second, whatever happens; what was accepted is looked at in the end."""
+
+    def __init__(self, plant: Plant) -> None:
+        self._plant = plant
+        self._is_over = threading.Event()
+        self.job_ids: list[str] = []
+        self.num_refused = 0
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        body = {"prompt": "A story", "model": "fake", "params": {"max_tokens": 20}}
+        with httpx.Client(base_url=self._plant.api_urls[0], timeout=10) as http:
+            while not self._is_over.wait(1.0):
+                try:
+                    self.job_ids.append(http.post("/v1/jobs", json=body).raise_for_status().json()["id"])
+                except httpx.HTTPError:
+                    self.num_refused += 1
+
+    def close(self) -> dict[str, int]:
+        """How many jobs of each status there are once all have ended."""
+        self._is_over.set()
+        self._thread.join()
+        with psycopg.connect(self._plant.postgres.url, autocommit=True) as connection:
+
+            def count() -> dict[str, int]:
+                rows = connection.execute("SELECT status, count(*) FROM jobs GROUP BY status").fetchall()
+                return {str(status): int(number) for status, number in rows}
+
+            with suppress(AssertionError):
+                wait_until(lambda: not {"queued", "in_progress"} & count().keys(), "all jobs have ended", seconds=60)
+            return count()
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[bool]:
+    """Mounts a file system of its own for PostgreSQL, if we may: only then can its disk be filled."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=256m,mode=0755", "tmpfs", str(folder)]
+    is_mounted = os.geteuid() == 0 and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    try:
+        yield is_mounted
+    finally:
+        if is_mounted:
+            subprocess.run(["umount", "--lazy", str(folder)], check=False)
+
+
+def try_all(names: list[str], *, is_prepared: bool) -> dict[str, Any]:
+    folder = Path(tempfile.mkdtemp(prefix="celeriac-causes-"))
+    ports = {"worker_metrics_port": free_port("127.0.0.1", 0), "maintenance_port": free_port("127.0.0.1", 0)}
+    causes = [cause for cause in CAUSES if not names or cause.name in names]
+    with small_disk(folder / "postgres") as is_small:
+        plant = Plant(
+            folder,
+            models=MODELS,
+            worker_models={"gpu-1": "fake", "gpu-2": "fake"},
+            num_apis=2,
+            settings={**ports, "auth": "none"},
+            start=start_prepared if is_prepared else start_python,
+        )
+        with plant, Scene(plant, has_small_disk=is_small) as scene, prometheus(plant, folder) as url:
+            trickle = Trickle(plant)
+            verdicts = [verdict for cause in causes if (verdict := _try(scene, cause, url)) is not None]
+            statuses = trickle.close()
+            report = {
+                "causes": {verdict.cause: verdict.seconds for verdict in verdicts},
+                "words": {verdict.cause: verdict.words for verdict in verdicts},
+                "not_named": {verdict.cause: verdict.silent for verdict in verdicts if verdict.silent},
+                "jobs": statuses,
+                "refused": trickle.num_refused,
+                "has_prometheus": url is not None,
+                "load": os.getloadavg()[0],
+            }
+    shutil.rmtree(folder, ignore_errors=True)
+    return report
+
+
+def _try(scene: Scene, cause: Cause, prometheus_url: str | None) -> Verdict | None:
+    """None if this cause cannot be brought about here."""
+    if cause.needs_small_disk and not scene.has_small_disk:
+        print(f"{cause.name}: skipped, since no file system may be mounted here", flush=True)
+        return None
+    if cause.alert is not None:  # the one before may have had the same
+        wait_until(lambda: not re.search(str(cause.alert), firing(prometheus_url)), "the last alert is over")
+    strike = scene.strike(cause)
+    watch = Watch(scene, cause, prometheus_url)
+    try:
+        verdict = watch.run()
+    finally:
+        strike()
+    print(f"{cause.name}: " + ", ".join(f"{who} {verdict.seconds.get(who, '–')}" for who in WITNESSES), flush=True)
+    for witness in WITNESSES:
+        said = verdict.words.get(witness) or f"– (it says {verdict.last_said.get(witness)!r})"
+        print(f"    {witness}: {said}", flush=True)
+    began_at = time.monotonic()
+    scene.wait_until_well(HEAL_SECONDS)
+    print(f"    well again after {time.monotonic() - began_at:.1f} s", flush=True)
+    return verdict
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", action="append", default=[], help="the name of a cause; may be repeated")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    report = try_all(options.only, is_prepared=True)
+    print(json.dumps(report))
+    sys.exit(bool(report["not_named"]))
+
+
+if __name__ == "__main__":
+    main()

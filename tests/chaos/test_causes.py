@@ -1,0 +1,20 @@
+"""A cause of trouble is named by all who should; `make causes` tries all of them, and measures."""
+
+import pytest
+
+from tests.chaos.cause_list import CAUSES
+from tests.chaos.causes import try_all
+
+
+@pytest.mark.slow
+def test_causes_are_named() -> None:
+    names = ["a worker is killed", "Redis is full"]
+    report = try_all(names, is_prepared=True)
+    assert set(report["causes"]) == set(names)
+    for seconds in report["causes"].values():
+        assert {"health", "doctor"} <= seconds.keys(), report
+    assert set(report["jobs"]) == {"completed"}, report
+
+
+def test_each_cause_has_a_name_of_its_own() -> None:
+    assert len({cause.name for cause in CAUSES}) == len(CAUSES)
