@@ -19,7 +19,7 @@ from gpu_worker.engine_process.frames import AddJob, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from local.engine_environments import LIGHT_PACKAGES
 from tests import llama_cpp_model, vllm_model
-from tests.waiting import slowness, wait_until
+from tests.waiting import SECONDS, slowness, wait_until
 
 #: What the light packages need themselves, as far as an engine imports it.
 THEIR_NEEDS = ("annotated-types", "pydantic-core", "python-dotenv", "typing-extensions", "typing-inspection")
@@ -73,7 +73,7 @@ class Engines:
         wait_until(has_ended, "the engine has ended")
         return exits[0]
 
-    def start(self) -> int:
+    def start(self, *, seconds: float = SECONDS) -> int:
         """Returns the engine's pid."""
 
         def is_ready() -> bool:
@@ -82,7 +82,7 @@ class Engines:
             assert exit_ is None, exit_
             return self.supervisor.ready is not None
 
-        wait_until(is_ready, "the engine is ready")
+        wait_until(is_ready, "the engine is ready", seconds=seconds)
         assert self.supervisor.ready is not None
         return self.supervisor.ready.pid
 
@@ -228,7 +228,7 @@ def test_an_engine_that_vllm_splits_leaves_no_process_behind_when_it_is_killed(
         python=vllm_model.python(),
     )
     engines = start_engines(started, spec)
-    pid = engines.start()
+    pid = engines.start(seconds=300)  # three processes import vLLM
     assert len(engines.run()) == 10
     parts = psutil.Process(pid).children(recursive=True)
     assert len(parts) >= 2

@@ -1,4 +1,4 @@
-"""A remote server as others wrote it, with SmolLM2: `vllm serve` in every mode, and what a kill of it changes."""
+"""A remote server as others wrote it, with SmolLM2: vLLM's in every mode, and what a kill of it changes."""
 
 import json
 import os
@@ -37,14 +37,16 @@ TOOL: Any = {"type": "function", "function": {"name": "find_city", "description"
 
 
 class VllmServer:
-    """`vllm serve` on a port that it keeps, whatever is killed."""
+    """vLLM's server on a port that it keeps, whatever is killed."""
 
     def __init__(self, model: Path, log: Path) -> None:
         self.url = f"http://127.0.0.1:{(port := free_port('127.0.0.1', 0))}"
-        program = Path(vllm_model.python()).with_name("vllm")
+        # As `vllm serve` does it, whose own start looks for a package named vllm, which the build for CPUs is not.
         self._command = [
-            str(program),
-            "serve",
+            vllm_model.python(),
+            "-m",
+            "vllm.entrypoints.openai.api_server",
+            "--model",
             str(model),
             "--served-model-name",
             CHAT,
@@ -65,7 +67,7 @@ class VllmServer:
             self._process = subprocess.Popen(
                 self._command, env=self._environment, stdout=log, stderr=log, start_new_session=True
             )
-        wait_until(self._answers, "vllm serve answers", seconds=START_SECONDS)
+        wait_until(self._answers, "vLLM's server answers", seconds=START_SECONDS)
 
     def _answers(self) -> bool:
         assert self._process is not None
