@@ -108,7 +108,7 @@ causes: $(READY_TO_TEST) ## bring about one trouble after another, and measure w
 	$(BIN)/python -m tests.chaos.causes
 
 bench: $(READY_TO_TEST) ## every speed figure, measured on this machine, beside its ceiling
-	@for name in storage accept request_cost hostile noisy_neighbour overload time_to_first_token consumer engine engine_restart; do echo "== $$name"; $(BIN)/python -m bench.$$name || exit 1; done
+	@for name in storage accept api_costs request_cost hostile noisy_neighbour overload time_to_first_token consumer engine engine_restart; do echo "== $$name"; $(BIN)/python -m bench.$$name || exit 1; done
 
 constraints: ## pin every dependency again, at today's versions
 	$(PYTHON) -m venv --clear $(VENV)/repin
