@@ -8,6 +8,7 @@ the current ones.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
@@ -140,32 +141,61 @@ class EventStream(Response):
         """Returns why the stream ended: the reason of the first future in `reason_by_end` that is done, or else
         complete, lifetime or slow."""
         ends_at = time.monotonic() + self._lifetime_seconds
-        following: asyncio.Task[bytes] | None = None
+        sender = _Sender(send)
+        # One task sends all frames: to wait for each of them beside all possible ends cost more than anything else.
+        sending = asyncio.create_task(sender.send_all(self._frames))
         try:
             while True:
-                following = following or asyncio.ensure_future(anext(self._frames))
-                timeout = min(self._heartbeat_seconds, ends_at - time.monotonic())
+                patience = sender.seconds_until_silent(self._heartbeat_seconds)
+                timeout = max(0.0, min(patience, SEND_TIMEOUT_SECONDS, ends_at - time.monotonic()))
                 done, _ = await asyncio.wait(
-                    (following, *reason_by_end), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                    (sending, *reason_by_end), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
                 )
                 for end, reason in reason_by_end.items():
                     if end in done:
                         return reason
+                if sending in done:
+                    sending.result()
+                    return "complete"
                 if time.monotonic() >= ends_at:
                     return "lifetime"
-                body = self._heartbeat
-                if following in done:
-                    body, following = following.result(), None
-                async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
-        except StopAsyncIteration:
-            return "complete"
+                if sender.is_stuck:
+                    return "slow"
+                if sender.seconds_until_silent(self._heartbeat_seconds) <= 0:
+                    async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                        await sender.send(self._heartbeat)
         except TimeoutError:
             return "slow"
         finally:
-            if following is not None:  # even if it has just finished: its exception must be retrieved
-                following.cancel()
-                await asyncio.gather(following, return_exceptions=True)
+            sending.cancel()  # even if it has just finished: its exception must be retrieved
+            await asyncio.gather(sending, return_exceptions=True)
+
+
+class _Sender:
+    """Sends frames, and knows since when the client has heard nothing or read nothing."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._sent_at = time.monotonic()
+        self._is_sending = False
+
+    async def send_all(self, frames: AsyncIterator[bytes]) -> None:
+        async for body in frames:
+            await self.send(body)
+
+    async def send(self, body: bytes) -> None:
+        self._is_sending, self._sent_at = True, time.monotonic()
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self._is_sending = False
+
+    @property
+    def is_stuck(self) -> bool:
+        """Whether the client has not read what was sent to it for SEND_TIMEOUT_SECONDS."""
+        return self._is_sending and time.monotonic() >= self._sent_at + SEND_TIMEOUT_SECONDS
+
+    def seconds_until_silent(self, silence_seconds: float) -> float:
+        """Until nothing has been sent for so long; never, while something is being sent."""
+        return math.inf if self._is_sending else self._sent_at + silence_seconds - time.monotonic()
 
 
 async def _never() -> bytes:
@@ -341,6 +371,13 @@ async def interleave(
     first, then = waits
     try:
         while True:
+            if following is None and not is_wanted():  # as nearly always: a task for each item would cost more
+                try:
+                    item = await anext(items)
+                except StopAsyncIteration:
+                    return
+                yield item
+                continue
             following = following or asyncio.ensure_future(next_of(items))
             if is_wanted():
                 asking = asking or asyncio.create_task(_later(first, ask))

@@ -26,7 +26,7 @@ from observability import describe_exception
 from settings import Settings
 from storage import troubles
 from storage.database import async_session_factory, open_statement_database, repeatable, within
-from storage.streams import REDIS_OUTAGES
+from storage.stream_channels import REDIS_OUTAGES
 from storage.troubles import DISK_FULL, READ_ONLY, ServerState
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Queue lengths, waiting times and ETAs of all models: read once a second; single positions are queried in groups."""
+"""Lengths, waits and ETAs of all queues, read once a second while there are jobs; single positions in groups."""
 
 import asyncio
 import logging
@@ -183,9 +183,9 @@ class QueueMonitor:
         ]
 
     def unserved_seconds(self, model: str) -> float:
-        """Seconds since a live worker of this model was last seen, or since this process started; 0 while the figures
-        are stale."""
-        return time.monotonic() - self._served_at.get(model, time.monotonic()) if self.is_fresh else 0.0
+        """By the last figures, the seconds since a live worker of this model was seen, or since this process started; 0
+        while the figures are stale."""
+        return self._read_at - self._served_at.get(model, self._read_at) if self.is_fresh else 0.0
 
     async def recent(self) -> RecentJobs | None:
         """Statistics of the newest jobs, read at most once a second, as anyone may ask; None if the database does not
@@ -239,6 +239,8 @@ class QueueMonitor:
         A ranking costs the database milliseconds, so requests that arrive while one query runs share the next one, and
         there is a pause between queries.
         """
+        if self._is_quiet:  # another process has accepted it
+            self._has_accepted.set()
         queue = self.queues.get(model)
         asked = self._asked_in_long if queue is not None and queue.num_queued > MAX_RANKED else self._asked
         answer = asked.get(job_id)
@@ -289,7 +291,14 @@ class QueueMonitor:
             pause = (time.monotonic() - started) * (1 / MAX_SHARE - 1)  # it reads every job that is queued
             await asyncio.sleep(min(max(pause, MAX_AGE_SECONDS), MAX_PAUSE_SECONDS))
             with suppress(TimeoutError):  # sooner while jobs come in, whose ETAs are only as good as the figures
-                await asyncio.wait_for(self._has_accepted.wait(), REFRESH_SECONDS - MAX_AGE_SECONDS)
+                longest = MAX_PAUSE_SECONDS if self._is_quiet else REFRESH_SECONDS
+                await asyncio.wait_for(self._has_accepted.wait(), longest - MAX_AGE_SECONDS)
+
+    @property
+    def _is_quiet(self) -> bool:
+        """Whether there were no jobs, and a worker for each model."""
+        queues = self.queues.values()
+        return bool(queues) and all(queue.num_queued == queue.num_running == 0 and queue.is_served for queue in queues)
 
 
 def _publish(queues: Mapping[str, ModelQueue]) -> None:

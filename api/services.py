@@ -45,7 +45,8 @@ from observability import EventLoopMonitor, describe_exception, key_id_context
 from settings import Settings
 from storage import job_queries, jobs
 from storage.database import OUTAGES, repeatable, within
-from storage.streams import REDIS_OUTAGES, StreamMessage, StreamReader, channel_of
+from storage.stream_channels import REDIS_OUTAGES, channel_of
+from storage.streams import StreamMessage, StreamReader
 from tasks import job_log
 from tasks.accept import open_acceptor
 from tasks.dispatch import Dispatcher

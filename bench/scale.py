@@ -138,7 +138,8 @@ def measure_streams() -> dict[str, float]:
     from api.events import event_of, frame
     from domain.requests import TokenChunk
     from local.servers import EmbeddedRedis
-    from storage.streams import StreamMessage, channel_of, publish
+    from storage.stream_channels import channel_of
+    from storage.streams import StreamMessage, publish
 
     chunk = TokenChunk(sequence_number=7, index=0, text=" twenty tokens of text" * 4, token_ids=tuple(range(20)))
     ids = [uuid4() for _ in range(64)]

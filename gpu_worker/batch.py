@@ -68,8 +68,10 @@ class RunningBatch:
         return len(self._jobs)
 
     @property
-    def num_sequences(self) -> int:
-        return sum(job.num_sequences for job in self._jobs.values())
+    def num_occupied(self) -> int:
+        """How many of the engine's slots are taken: those of jobs that are over are free before their ends are stored,
+        and the next jobs need not wait for that."""
+        return sum(job.num_sequences for job in self._jobs.values() if not job.is_over)
 
     @property
     def job_ids(self) -> frozenset[UUID]:

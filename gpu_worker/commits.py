@@ -80,18 +80,15 @@ class JobStorage:
     def __init__(self, settings: Settings, spec: ModelSpec, owner: UUID, worker_name: str) -> None:
         self._worker_name = worker_name
         self._database = database.open_database(
-            settings.database_url,
-            pool_size=1,
-            max_overflow=0,
-            idle_seconds=settings.idle_transaction_seconds,
+            settings.database_url, pool_size=1, max_overflow=0, idle_seconds=settings.idle_transaction_seconds
         )
+        database.keep_plans(self._database)  # for each chunk, PostgreSQL would plan the check of its foreign key again
         self.sessions: sessionmaker[Session] = database.session_factory(self._database)
         self.notifier = StreamNotifier(settings.redis_url)
         self.owner = owner
         self.lease_seconds = settings.lease_seconds
         self.pause_quantum_seconds = settings.pause_quantum_seconds
-        self._spec = spec
-        self.model = spec.id
+        self._spec, self.model = spec, spec.id
         self.passes_messages = spec.passes_messages
         self.remote_resume = None if spec.remote is None else spec.remote.resume
         self.model_revision = model_revision(spec)  # computed from the files, like the one that the API stores in jobs
@@ -105,6 +102,7 @@ class JobStorage:
                 released = self.release_unknown(session, known)
             job_log.returned(AttemptOutcome.RELEASED, released)
         with self.sessions.begin() as session:
+            database.plan_anew(session)
             claimed = jobs.claim(
                 session,
                 self._spec.id,
@@ -165,9 +163,9 @@ class JobStorage:
     def longest_wait_seconds(self) -> float | None:
         """How long a job has been waiting for this worker to load the model; None if none has."""
         with self.sessions.begin() as session:
-            return workers.longest_wait_seconds(
-                session, self.owner, model=self.model, model_revision=self.model_revision
-            )
+            database.plan_anew(session)
+            model, revision = self.model, self.model_revision
+            return workers.longest_wait_seconds(session, self.owner, model=model, model_revision=revision)
 
     def order_drain(self, release_after_seconds: float) -> None:
         with self.sessions.begin() as session:

@@ -61,13 +61,12 @@ class BrokerOutage:
         self._since, self._is_told = None, False
 
 
-EVENT_FLUSH_SECONDS = 0.1
-
 MAX_BUFFERED_EVENTS = 512
 
 WATCH_SECONDS = 1.0
 
-SHARE_SECONDS = 0.25  # between two checks for another worker with free slots
+LOOK_SECONDS = 0.25  # between two checks for another worker with free slots, and for events to send
+IDLE_LOOK_SECONDS = 1.0  # the former while this one has nothing to do; idle workers tell so for longer (IDLE_SECONDS)
 
 MAX_LOOKAHEAD_SECONDS = 0.25  # how long a ticket may wait here while another worker has free slots
 
@@ -146,6 +145,7 @@ class EngineStep(bootsteps.StartStopStep):
         c.initial_prefetch_count = c.pool.limit + c.pool.lookahead  # what `inspect stats` shows; `room` decides
         self._num_takes_seen = 0
         self._stalled_since: float | None = None
+        self._shared_at = 0.0
 
     def start(self, c: EngineConsumer) -> None:
         channel = c.task_consumer.channel
@@ -161,10 +161,9 @@ class EngineStep(bootsteps.StartStopStep):
         """Set up timers. Called after every connect, since the old connection's timers were cancelled with it."""
         channel = c.task_consumer.channel
         hub.on_tick.add(channel.refill)
-        hub.call_repeatedly(EVENT_FLUSH_SECONDS, c._flush_events)
         hub.call_repeatedly(VISIBILITY_TIMEOUT_SECONDS / 4, self._keep_in_hand, c)
         hub.call_repeatedly(WATCH_SECONDS, self._watch, c)
-        hub.call_repeatedly(SHARE_SECONDS, self._share_lookahead, c.pool)
+        hub.call_repeatedly(LOOK_SECONDS, self._look, c)  # one timer: each wakes the whole loop
 
     def info(self, c: EngineConsumer) -> dict[str, Any]:
         """Figures for `inspect stats`, which Flower shows on its "Other" tab."""
@@ -182,12 +181,18 @@ class EngineStep(bootsteps.StartStopStep):
         c.pool.deliveries.repeat_lost_acks()
         self._notice_a_stall(c, channel)
 
+    def _look(self, c: EngineConsumer) -> None:
+        c._flush_events()
+        self._share_lookahead(c.pool)
+
     def _share_lookahead(self, pool: EnginePool) -> None:
         """Pause the look-ahead and give back waiting tickets if another worker has free slots, so that none waits here
         needlessly."""
         channel = pool.deliveries.channel
-        if channel is None:
+        is_idle = not pool.deliveries.in_hand and not pool.deliveries.running
+        if channel is None or (is_idle and monotonic() - self._shared_at < IDLE_LOOK_SECONDS):
             return
+        self._shared_at = monotonic()
         pool.paused_lookaheads = channel.queues_of_idle_others()
         for queue in pool.paused_lookaheads:
             oldest = pool.deliveries.oldest_in_hand(queue)

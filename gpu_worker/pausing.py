@@ -19,6 +19,7 @@ from domain.jobs import AttemptOutcome
 from gpu_worker.commits import JobStorage
 from gpu_worker.job import RunningEmbedding, RunningJob
 from storage import jobs, shares
+from storage.database import plan_anew
 from storage.jobs import ClaimedJob
 from storage.shares import NextJob, Shares
 from tasks import job_log
@@ -130,6 +131,7 @@ def exchange(
     chosen: list[tuple[NextJob, list[Candidate]]] = []
     claimed: list[ClaimedJob] = []
     with storage.sessions.begin() as session:
+        plan_anew(session)
         released = storage.release_unknown(session, known) if is_repeated else []
         revision = storage.model_revision
         seen = shares.look(session, storage.model, model_revision=revision, limit=len(may_leave))

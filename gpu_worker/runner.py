@@ -192,15 +192,15 @@ class RunnerThread:
             self._refuse(self._offers.take())
         if self._release_at is not None and now > self._release_at:
             self._batch.release_all()
-        self._take_jobs_in(now)
         self._batch.fence(now)
-        self._batch.flush_due(now)
+        self._batch.flush_due(now)  # first, so that ends are stored before the jobs that follow are claimed
+        self._take_jobs_in(now)
         self._count_rate(now)
         if self.is_healthy:
             self._reporter.beat(
                 now,
                 self._state,
-                num_running=self._batch.num_sequences,
+                num_running=self._batch.num_occupied,
                 tokens_per_second=self._tokens_per_second,
                 cache_usage=self._meter.stats.cache_usage,
                 memory_bytes=self._meter.stats.memory_bytes or None,
@@ -370,7 +370,7 @@ class RunnerThread:
     def _count_free(self) -> int:
         if not self._can_take_jobs or self._quarantine.job is not None or self._meter.stats.is_full:
             return 0
-        return max(0, self._spec.max_num_seqs - self._batch.num_sequences)
+        return max(0, self._spec.max_num_seqs - self._batch.num_occupied)
 
     def _make_stats(self) -> RunnerStats:
         return RunnerStats(

@@ -30,7 +30,7 @@ from maintenance.batch_validation import BatchValidation
 from observability import describe_exception, key_id_context
 from settings import Settings
 from storage import batch_lines, batches, files, job_accept, jobs, tenants
-from storage.database import OUTAGES
+from storage.database import OUTAGES, statement_factory
 from storage.files import Batch, BatchLine
 from storage.job_accept import Accepted, AcceptOutcome, NewJob
 from tasks import job_log
@@ -61,6 +61,7 @@ class BatchWork:
     ) -> None:
         """`on_turn` is called each time the batches have been read from the database, and after each tenant's turn."""
         self._sessions = sessions
+        self._statements = statement_factory(sessions)
         self._views = views
         self._settings = settings
         self._on_turn = on_turn
@@ -117,7 +118,7 @@ class BatchWork:
     def _unfinished_ids(self) -> dict[UUID, list[UUID]] | None:
         """The unfinished batches by tenant; None if the database does not answer."""
         try:
-            with self._sessions() as session:
+            with self._statements() as session:
                 return batches.unfinished_ids(session)
         except OUTAGES as exc:
             log.warning("batches are waiting for the database: %s", describe_exception(exc))

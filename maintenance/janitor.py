@@ -16,7 +16,6 @@ from functools import partial
 from time import monotonic
 
 import redis
-from sqlalchemy import func, select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog
@@ -24,7 +23,9 @@ from domain.jobs import AttemptOutcome, JobStatus, external_id
 from observability import describe_exception
 from settings import Settings
 from storage import answers, conversations, files, jobs, maintenance, usage, webhook_deliveries, workers
+from storage.database import statement_factory
 from storage.jobs import Restarted, Returned
+from storage.maintenance import Due
 from storage.streams import publish
 from storage.workers import LIVE_SECONDS
 from tasks import job_log
@@ -141,6 +142,7 @@ class Janitor:
     ) -> None:
         """`on_tick` is called after each tick in which every rule succeeded, except for those that need Redis."""
         self._sessions = sessions
+        self._statements = statement_factory(sessions)
         self._client = client
         self._catalog = catalog
         self._settings = settings
@@ -149,7 +151,9 @@ class Janitor:
         self._guard = OutageGuard(settings.lease_seconds, monotonic())
         self._revisions = RevisionWatch(sessions, settings)
         self._prune_at = 0.0
+        self._is_pruning = False  # whether in this tick it is time to prune
         self._checked_at = 0.0
+        self._due: Due | None = None  # None if it could not be read: then every rule looks for itself
         self._leases_as_of: datetime | None = None  # None while leases cannot be trusted
         self._has_redis = False  # whether Redis answered in this tick
         self._has_cleared = False
@@ -169,6 +173,7 @@ class Janitor:
         models = [entry.id for entry in self._catalog.entries]
         sends = [(f"dispatched {model}", partial(self._dispatch, model)) for model in models]
         return [
+            ("looked", self._look),
             ("reached Redis", self._ping_redis),
             ("rescued", self._rescue),
             ("stalled", self._release_stalled),
@@ -184,12 +189,19 @@ class Janitor:
             ("cleared keys of Redis", self._clear_old_queue),
         ]
 
+    def _look(self) -> int:
+        """Read with one statement which rules have nothing to do, so that they cost nothing."""
+        self._due = self._leases_as_of = None
+        with self._statements() as session:
+            self._due = maintenance.look_for_work(session, stall_seconds=self._settings.stall_seconds)
+        if self._guard.may_rescue(self._due.as_of, monotonic()):
+            self._leases_as_of = self._due.as_of
+        return 0
+
     def _rescue(self) -> int:
+        if self._leases_as_of is None or not (self._due is None or self._due.has_lapsed):
+            return 0
         with self._sessions.begin() as session:
-            now = session.scalar(select(func.clock_timestamp()))
-            self._leases_as_of = now if now is not None and self._guard.may_rescue(now, monotonic()) else None
-            if self._leases_as_of is None:
-                return 0
             returned = jobs.rescue(
                 session,
                 as_of=self._leases_as_of,
@@ -201,7 +213,7 @@ class Janitor:
         return len(returned)
 
     def _release_stalled(self) -> int:
-        if self._leases_as_of is None:
+        if self._leases_as_of is None or not (self._due is None or self._due.has_stalled):
             return 0
         with self._sessions.begin() as session:
             returned = jobs.release_stalled(
@@ -218,6 +230,8 @@ class Janitor:
         return len(returned)
 
     def _expire(self) -> int:
+        if not (self._due is None or self._due.has_late):
+            return 0
         with self._sessions.begin() as session:
             expired = jobs.expire(session)
         job_log.ended_without_worker(expired)
@@ -225,6 +239,8 @@ class Janitor:
         return len(expired)
 
     def _end_followers(self) -> int:
+        if not (self._due is None or self._due.has_followers):
+            return 0
         with self._sessions.begin() as session:
             ended = answers.end_followers(session)
         job_log.ended_without_worker(ended)
@@ -237,19 +253,27 @@ class Janitor:
         return len(moved)
 
     def _dispatch(self, model: str) -> int:
-        if not self._has_redis:
+        if not (self._has_redis and self._has_queued):
             return 0  # try Redis only once per tick, since rescue must not wait for it
         return dispatch(self._sessions, self._client, self._catalog.entry_of(model), self._settings)
 
     def _dispatch_unlisted(self) -> int:
         """Dispatch jobs of models that models.toml no longer lists. Such models accept no new jobs, but existing ones
         run as long as there are workers."""
-        with self._sessions() as session:
+        if not self._has_queued:
+            return 0
+        with self._statements() as session:
             served = {worker.model for worker in workers.list_live(session)}
         return sum(map(self._dispatch, served - {entry.id for entry in self._catalog.entries}))
 
+    @property
+    def _has_queued(self) -> bool:
+        return self._due is None or self._due.has_queued
+
     def _ping_redis(self) -> int:
         self._has_redis = False
+        if not self._has_queued and self._has_cleared:
+            return 0
         self._client.ping()
         self._has_redis = True
         return 0
@@ -257,7 +281,8 @@ class Janitor:
     def _prune(self) -> int:
         """Delete what is due, in short transactions, of which each kind has one in turn."""
         began_at = monotonic()
-        if began_at < self._prune_at:
+        self._is_pruning = began_at >= self._prune_at
+        if not self._is_pruning:
             return 0
         kinds: list[Callable[[Session], int]] = [
             jobs.prune,
@@ -276,10 +301,14 @@ class Janitor:
         return num_rows
 
     def _prune_files(self) -> int:
+        if not self._is_pruning:
+            return 0
         with self._sessions.begin() as session:
             return files.prune(session)
 
     def _prune_conversations(self) -> int:
+        if not self._is_pruning:
+            return 0
         with self._sessions.begin() as session:
             return conversations.prune(session)
 

@@ -46,7 +46,7 @@ from text.models import ModelViews, follow_models
 log = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_SECONDS = 1.0
-TELL_SECONDS = 1.0  # how often the last ticks are recorded in SQL
+TELL_SECONDS = 3.0  # how often the last ticks are recorded in SQL
 PATIENCE_SECONDS = 5.0  # after this long without a database, the log explains what to do
 PAUSE_SECONDS = 5.0  # before a failed sender is restarted
 STOP_SECONDS = 20.0  # how long current ticks and deliveries may take at the end before they are abandoned

@@ -173,6 +173,8 @@ class WebhookSender:
 
     def _exchange(self, session: Session, outcomes: list[Outcome]) -> list[ClaimedDelivery]:
         webhook_deliveries.record(session, outcomes)
+        if not webhook_deliveries.has_pending(session):
+            return []
         return webhook_deliveries.claim(
             session,
             room=0 if self._is_stopping else MAX_IN_HAND - self._places.num_taken,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 
 from sqlalchemy import delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
@@ -70,6 +71,36 @@ SELECT clock, {CLOCK} - make_interval(secs => age)
 FROM unnest(CAST(:clocks AS text[]), CAST(:ages AS float8[])) AS t(clock, age) ORDER BY clock
 ON CONFLICT (clock) DO UPDATE SET ticked_at = greatest(maintenance_ticks.ticked_at, excluded.ticked_at)
 """)  # noqa: S608  (CLOCK is a constant)
+
+
+# What the janitor's rules may have to do: for each of them a condition that holds whenever the rule would move a row,
+# and that an index answers. On an idle system this is all that the janitor asks.
+DUE = text(f"""
+SELECT clock_timestamp() AS as_of,
+    EXISTS (SELECT FROM jobs WHERE status = 'in_progress' AND lease_expires_at < {CLOCK}) AS has_lapsed,
+    EXISTS (SELECT FROM jobs WHERE status = 'in_progress'
+        AND progressed_at < {CLOCK} - make_interval(secs => CAST(:stall_seconds AS float8))) AS has_stalled,
+    EXISTS (SELECT FROM jobs WHERE status = 'queued' AND least(deadline_at, start_deadline_at) <= {CLOCK}) AS has_late,
+    EXISTS (SELECT FROM jobs WHERE status = 'queued') AS has_queued,
+    EXISTS (SELECT FROM job_followers) AS has_followers
+""")  # noqa: S608  (CLOCK is a constant)
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """Which rules may have something to do, as of a time of the database's clock."""
+
+    as_of: datetime
+    has_lapsed: bool
+    has_stalled: bool
+    has_late: bool
+    has_queued: bool
+    has_followers: bool
+
+
+def look_for_work(session: Session, *, stall_seconds: float) -> Due:
+    row = session.execute(DUE, {"stall_seconds": stall_seconds}).one()
+    return Due(*row)
 
 
 def reconcile_load(session: Session) -> int:

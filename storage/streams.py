@@ -9,15 +9,13 @@ A message is JSON: {"chunk": TokenChunk}, or {"status": JobStatus} after a trans
 Pub/sub may lose, repeat or delay any message. The reader therefore subscribes first, replays SQL, goes live, drops
 repeats and fills gaps. It emits a chunk only if it is the next one in sequence, and takes statuses only from SQL.
 
-One pub/sub connection serves all streams of a process and is kept open. If Redis is down, slow or flushed, nothing
-arrives, and the reader notices the silence. Whenever a subscription starts or restarts, messages may have been missed;
-this is reported to `on_gap`.
+One pub/sub connection serves all streams of a process (storage/stream_channels.py). If Redis is down, slow or flushed,
+nothing arrives, and the reader notices the silence.
 """
 
 import asyncio
 import logging
 import math
-import random
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
@@ -27,12 +25,7 @@ from typing import Concatenate, ParamSpec, Self, TypeVar
 from uuid import UUID
 
 import redis
-import redis.asyncio
 from pydantic import BaseModel, ConfigDict, ValidationError
-from redis.asyncio.connection import AbstractConnection, ConnectionPool
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -43,147 +36,9 @@ from domain.requests import TokenChunk
 from domain.shares import SharedTurns, current_tenant
 from storage.database import within
 from storage.job_queries import CHUNKS_PER_READ, StreamState, read_log, stream_states
+from storage.stream_channels import ChannelListener, channel_of
 
 log = logging.getLogger(__name__)
-
-#: What the asyncio client raises if Redis is down, slow, or lost midway. RuntimeError is uvloop's "the handler is
-#: closed", raised when writing to a connection that Redis has closed and whose end has not been read yet.
-#: AttributeError comes from the client if another task closes the connection while this one is writing. Our own
-#: deadlines raise TimeoutError, which is an OSError.
-REDIS_OUTAGES = (RedisError, OSError, RuntimeError, AttributeError)
-
-
-PREFIX = "celeriac:stream:"
-
-SUBSCRIBE_SECONDS = 0.25  # how long a new stream waits for its subscription before it reads SQL without it
-
-PING_SECONDS = 3.0  # send a PING after this much silence; if there is no answer for as long again, reconnect
-
-MAX_BACKOFF_SECONDS = 2.0
-
-
-def channel_of(job_id: UUID) -> str:
-    return f"{PREFIX}{job_id}"
-
-
-async def num_listening_processes(client: "redis.asyncio.Redis", job_id: UUID) -> int:
-    """How many API processes have an open stream of this job. Raises RedisError."""
-    [(_, num_listening)] = await client.pubsub_numsub(channel_of(job_id))
-    return int(num_listening)
-
-
-class ChannelListener:
-    """Calls `on_message(job_id, message)` for each message and `on_gap(job_id)` when a subscription starts."""
-
-    def __init__(
-        self, redis_url: str, *, on_message: Callable[[UUID, bytes], None], on_gap: Callable[[UUID], None]
-    ) -> None:
-        # RESP2, in which a message is a plain list.
-        self._pool = ConnectionPool.from_url(
-            redis_url, protocol=2, socket_connect_timeout=2, socket_timeout=2, retry=Retry(NoBackoff(), 0)
-        )
-        self._on_message = on_message
-        self._on_gap = on_gap
-        self._subscribed: dict[UUID, asyncio.Event] = {}
-        self._connection: AbstractConnection | None = None
-        self._sending = asyncio.Lock()
-
-    async def add(self, job_id: UUID) -> None:
-        """Subscribe to a job's channel. Returns when Redis has confirmed it, or without that if Redis is down or
-        slow."""
-        subscribed = self._subscribed.setdefault(job_id, asyncio.Event())
-        await self._send("SUBSCRIBE", job_id)
-        if self._connection is None:
-            return
-        try:
-            await asyncio.wait_for(subscribed.wait(), SUBSCRIBE_SECONDS)
-        except TimeoutError:
-            log.debug("no answer to SUBSCRIBE yet", extra={"job_id": str(job_id)})
-
-    async def remove(self, job_id: UUID) -> None:
-        self._subscribed.pop(job_id, None)
-        await self._send("UNSUBSCRIBE", job_id)
-
-    async def run(self) -> None:
-        """Listen until cancelled; reconnect whenever the connection is lost."""
-        num_failures = 0
-        while True:
-            try:
-                await self._connect()
-                num_failures = 0
-                await self._listen()
-            except REDIS_OUTAGES as exc:
-                num_failures += 1
-                if num_failures == 1:
-                    log.warning("live streams have lost Redis and read from SQL instead: %s", exc)
-            finally:
-                await self._disconnect()
-            await asyncio.sleep(min(MAX_BACKOFF_SECONDS, 0.05 * 2**num_failures) * random.uniform(0.5, 1))
-
-    async def _connect(self) -> None:
-        connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
-        try:
-            await connection.connect()  # type: ignore[no-untyped-call]
-            if self._subscribed:
-                await connection.send_command("SUBSCRIBE", *map(channel_of, self._subscribed))
-        except BaseException:
-            await connection.disconnect(nowait=True)
-            raise
-        self._connection = connection
-
-    async def _disconnect(self) -> None:
-        connection, self._connection = self._connection, None
-        for subscribed in self._subscribed.values():
-            subscribed.clear()
-        if connection is not None:
-            await connection.disconnect(nowait=True)
-
-    async def _listen(self) -> None:
-        assert self._connection is not None
-        is_pinged = False
-        while True:
-            message = await self._connection.read_response(timeout=PING_SECONDS)
-            if message is not None:
-                is_pinged = False
-                self._receive(message)
-            elif is_pinged:
-                raise RedisError(f"no answer to PING within {PING_SECONDS} s")
-            else:
-                is_pinged = True
-                async with self._sending:
-                    await self._connection.send_command("PING")
-
-    def _receive(self, message: list[bytes]) -> None:
-        """Handle [kind, channel, payload]; b"pong" and anything unknown are dropped."""
-        kind = message[0] if isinstance(message, list) and len(message) == 3 else b""
-        if kind not in (b"message", b"subscribe"):
-            return
-        job_id = _job_id_of(message[1])
-        if job_id is None:
-            return
-        if kind == b"message":
-            self._on_message(job_id, message[2])
-        elif job_id in self._subscribed:
-            self._subscribed[job_id].set()
-            self._on_gap(job_id)
-
-    async def _send(self, command: str, job_id: UUID) -> None:
-        """Send a command, unless there is no connection: a new one will subscribe to everything that is needed."""
-        async with self._sending:
-            if self._connection is None or (job_id in self._subscribed) != (command == "SUBSCRIBE"):
-                return  # in the meantime the subscription was requested again, or dropped
-            try:
-                await self._connection.send_command(command, channel_of(job_id))
-            except REDIS_OUTAGES as exc:
-                log.debug("%s not sent: %s", command, exc)  # the listening task sees the same error and reconnects
-
-
-def _job_id_of(channel: bytes) -> UUID | None:
-    try:
-        return UUID(channel.decode().removeprefix(PREFIX))
-    except ValueError:
-        return None
-
 
 MAX_LIVE_CHUNKS = 256  # per stream; a consumer that falls further behind catches up from SQL
 

@@ -23,6 +23,8 @@ from storage.webhooks import WebhookAttempt, WebhookDelivery
 KEPT_DAYS = 7
 GONE = "the receiver answered 410 (gone)"
 
+HAS_PENDING = text("SELECT EXISTS (SELECT FROM webhook_deliveries WHERE status = 'pending')")
+
 # Skips through the index from one queue with pending deliveries to the next, and takes the head of each. A queue is
 # what one tenant has for one host, so that ten thousand deliveries do not delay those for another host or of another
 # tenant.
@@ -279,6 +281,11 @@ def redeliver(session: Session, delivery_id: UUID, tenant_id: UUID) -> bool:
         .returning(WebhookDelivery.id)
     )
     return session.scalar(statement) is not None
+
+
+def has_pending(session: Session) -> bool:
+    """Whether any delivery is left to be sent, now or later: without one, the claim need not be planned."""
+    return bool(session.scalar(HAS_PENDING))
 
 
 def backlog(session: Session) -> tuple[int, float]:

@@ -26,7 +26,7 @@ from domain.catalog import Catalog, ModelEntry
 from domain.jobs import WorkerState
 from settings import Settings
 from storage import batch_lines, batches, jobs, workers
-from storage.streams import REDIS_OUTAGES
+from storage.stream_channels import REDIS_OUTAGES
 from storage.tables import Worker
 from tasks.messages import (
     MAX_RINGS,

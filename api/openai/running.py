@@ -32,7 +32,7 @@ from storage import job_queries
 from storage.job_accept import Accepted, NewJob
 from storage.job_queries import JobRecord
 from storage.limits import return_request
-from storage.streams import REDIS_OUTAGES, num_listening_processes
+from storage.stream_channels import REDIS_OUTAGES, num_listening_processes
 from tasks.submit import CACHE_HEADER, CacheOutcome, request_hash
 
 log = logging.getLogger(__name__)

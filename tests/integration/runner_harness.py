@@ -20,7 +20,7 @@ from gpu_worker.quarantine import SHIPPED_RULES, QuarantineRules
 from gpu_worker.serving import JobRunner
 from gpu_worker.threads import RunnerEvent, RunnerEventKind, WorkerFailure
 from settings import Settings
-from storage.streams import channel_of
+from storage.stream_channels import channel_of
 from storage.tables import Job, JobChunk, JobResult
 from tests.waiting import SECONDS, wait_until
 

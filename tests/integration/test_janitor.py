@@ -9,7 +9,7 @@ from uuid import UUID, uuid4
 
 import pytest
 import redis
-from sqlalchemy import text, update
+from sqlalchemy import event, text, update
 from sqlalchemy.orm import Session, sessionmaker
 from ulid import ULID
 
@@ -20,7 +20,7 @@ from maintenance.janitor import Janitor
 from settings import Settings
 from storage import batches, job_queries, jobs, maintenance, workers
 from storage.files import BatchLine
-from storage.streams import channel_of
+from storage.stream_channels import channel_of
 from storage.tables import DEFAULT_TENANT_ID, Job, TenantLoad
 from storage.workers import WorkerReport
 from tasks.dispatch import count_waiting
@@ -66,6 +66,26 @@ def is_sent(client: redis.Redis, job: Job) -> bool:
 
 def test_an_idle_tick_moves_nothing(janitor: Janitor) -> None:
     assert janitor.tick() == {}
+
+
+def test_an_idle_tick_asks_the_database_one_question(
+    janitor: Janitor, session_factory: sessionmaker[Session], make_job: MakeJob
+) -> None:
+    asked: list[str] = []
+    database = session_factory.kw["bind"]
+    janitor.tick()  # the first one also does what is done every few seconds
+
+    def note(*context: Any) -> None:
+        asked.append(context[2])
+
+    event.listen(database, "before_cursor_execute", note)
+    try:
+        janitor.tick()
+    finally:
+        event.remove(database, "before_cursor_execute", note)
+    assert len(asked) == 1
+    make_job()
+    assert janitor.tick() == {"dispatched test-model": 1}
 
 
 def test_due_jobs_of_every_model_are_sent(janitor: Janitor, client: redis.Redis, make_job: MakeJob) -> None:

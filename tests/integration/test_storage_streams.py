@@ -21,7 +21,8 @@ from local.servers import EmbeddedRedis
 from storage import jobs, streams
 from storage.database import async_session_factory, open_async_database
 from storage.jobs import ChunkCommit, Finalisation
-from storage.streams import StatusChange, StreamReader, channel_of, publish
+from storage.stream_channels import channel_of
+from storage.streams import StatusChange, StreamReader, publish
 from storage.tables import Job
 from tests.conftest import MakeJob
 from tests.storage_samples import claim_these

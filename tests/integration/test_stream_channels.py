@@ -9,7 +9,7 @@ import redis.asyncio
 import uvloop
 from redis.asyncio.connection import Connection
 
-from storage.streams import ChannelListener, channel_of
+from storage.stream_channels import ChannelListener, channel_of
 from tests.waiting import SECONDS
 
 

@@ -152,6 +152,18 @@ def test_nobody_leaves_while_others_are_being_paused() -> None:
     assert len(batch.may_leave(1e9)) == 2
 
 
+def test_a_slot_is_free_as_soon_as_the_engine_is_done_with_it() -> None:
+    storage: Any = SimpleNamespace(model="test-model", pause_quantum_seconds=0.0, passes_messages=False, release=None)
+    supervisor: Any = SimpleNamespace(ready=SimpleNamespace(keeps_prefixes=True), send=lambda command: None)
+    thread: Any = SimpleNamespace(submit=lambda *calls: None)  # the end is never stored
+    batch = RunningBatch(supervisor, Quarantine(), FlushPacer(Settings()), storage, thread, lambda event: None)
+    batch.admit([make_claimed() for _ in range(3)], 0.0)
+    first = next(iter(batch._jobs.values()))
+    batch.absorb(StepDone([make_output(first, "x", finish_reason="stop")], [], EngineStats()))
+    batch.flush_due(1e9)
+    assert (len(batch), batch.num_occupied) == (3, 2)
+
+
 def test_what_a_resumed_job_had_to_compute_again_is_what_the_cache_did_not_have() -> None:
     job = make_running()
     assert job.num_recomputed_tokens == 3
