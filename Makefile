@@ -100,6 +100,7 @@ fuzz: $(READY_TO_TEST) ## requests made from the OpenAPI document, by the thousa
 
 upgrades: $(READY_TO_TEST) ## processes of the last release and of this one in all mixtures: a minute or two
 	THOROUGH=1 $(BIN)/python -m pytest tests/integration/test_upgrades.py
+	$(BIN)/python -m tests.chaos.rolling_upgrade
 
 chaos: $(READY_TO_TEST) ## kill, pause and flush while jobs run, and judge what came out: make chaos SECONDS=600 SEED=7
 	$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED)

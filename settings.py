@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     dispatch_window_min: int = Field(default=16, ge=1)
     janitor_interval_seconds: float = Field(default=1.0, gt=0)
     result_ttl_seconds: int = Field(default=86_400, ge=60)  # how long a finished job is kept
+    archive_url: str | None = None  # where jobs are written to before they are deleted: s3://bucket/prefix
 
     # The ledger (docs/usage.md)
     usage_days: int = Field(default=400, ge=1, le=36_500)  # how long its records are kept

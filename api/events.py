@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
@@ -282,8 +283,7 @@ class JobEventStream:
             return [event] if event else []
         if isinstance(event, TokenChunk):
             self._last = event.sequence_number
-            name, data = event_of(event, self._job_id, with_token_ids=self._with_token_ids)
-            return [frame(name, data, id=event.sequence_number)]
+            return [self._chunk_frame(event)]
         self._is_queued = event.status is JobStatus.QUEUED
         if event.status is JobStatus.IN_PROGRESS:
             return [self._status_event("job.started", attempt=event.attempt, sequence_number=self._last)]
@@ -292,6 +292,13 @@ class JobEventStream:
         if event.status is JobStatus.QUEUED:
             return [self._status_event("job.retrying", attempt=event.attempt + 1, sequence_number=self._last)]
         return await self._terminal_frames()
+
+    def _chunk_frame(self, chunk: TokenChunk) -> bytes:
+        """All readers of a job get the same chunk, and those that want the same of it the same bytes."""
+        encode = partial(encode_chunk, chunk, self._job_id, with_token_ids=self._with_token_ids)
+        if self._services.streams.num_readers(self._job.id) == 1:
+            return encode()
+        return self._services.frames.of(chunk, encode, with_token_ids=self._with_token_ids)
 
     def _status_event(self, event: str, **data: object) -> bytes:
         return frame(event, {"job_id": self._job_id, **data})
@@ -321,6 +328,11 @@ class JobEventStream:
         if record is None:
             return []
         return [frame(f"job.{record.job.status.value}", job_view(record), id=terminal_id(record.job))]
+
+
+def encode_chunk(chunk: TokenChunk, job_id: str, *, with_token_ids: bool) -> bytes:
+    name, data = event_of(chunk, job_id, with_token_ids=with_token_ids)
+    return frame(name, data, id=chunk.sequence_number)
 
 
 def event_of(chunk: TokenChunk, job_id: str, *, with_token_ids: bool = False) -> tuple[str, dict[str, object]]:

@@ -33,6 +33,7 @@ from api.queue_monitor import QueueMonitor
 from api.reasons import installation_reasons
 from api.routes import DirectRoute, Handler
 from api.scopes import scope_of
+from api.shared_frames import SharedFrames
 from dialects.native import QueueView
 from domain.access import Scope
 from domain.catalog import Catalog
@@ -98,6 +99,7 @@ class Services:
     read_turns: SharedTurns
     write_turns: SharedTurns
     draining: asyncio.Event  # set on SIGTERM: no longer ready, and streams end
+    frames: SharedFrames = field(default_factory=SharedFrames)
     background: set["asyncio.Task[None]"] = field(default_factory=set)  # the tasks of `spawn` that are not done
     delivered: list[UUID] = field(default_factory=list)  # jobs for `note_delivered`, while others are being written
     is_noting_delivered: bool = False

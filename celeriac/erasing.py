@@ -39,6 +39,8 @@ def erase_person(settings: "Settings", tenant_name: str, person: Person) -> dict
         "conversations": sum(step.num_erased for step in of_conversations),
         "unfinished_batches": sum(step.num_unfinished for step in of_batches),
     }
+    if settings.archive_url:
+        erased["archived_jobs"] = _erase_archived(settings, tenant_id, person)
     by = {"key_id": person.key_id} if person.metadata is None else {"metadata": person.metadata[0]}
     with transaction(settings) as session:
         tenant = administration.find_tenant(session, tenant_name)
@@ -46,6 +48,19 @@ def erase_person(settings: "Settings", tenant_name: str, person: Person) -> dict
         batch_ids = frozenset[UUID]().union(*(step.batch_ids for step in of_jobs))
         file_ids = erasure.files_of_others(session, batch_ids, person)
     return erased | {"files_to_delete": [external_id(id_, "file") for id_ in file_ids]}
+
+
+def _erase_archived(settings: "Settings", tenant_id: UUID, person: Person) -> int:
+    """After the jobs in the database, of which none can be archived any more then."""
+    from maintenance.archive import erase_archived
+    from storage.database import open_database
+
+    assert settings.archive_url is not None
+    database = open_database(settings.database_url)
+    try:
+        return erase_archived(database, settings.archive_url, tenant_id, person)
+    finally:
+        database.dispose()
 
 
 def _all_steps(settings: "Settings", tenant_id: UUID, person: Person, erase: Callable[..., Step]) -> list[Step]:

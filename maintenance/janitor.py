@@ -285,7 +285,7 @@ class Janitor:
         if not self._is_pruning:
             return 0
         kinds: list[Callable[[Session], int]] = [
-            jobs.prune,
+            jobs.forget_poison if self._settings.archive_url else jobs.prune,  # which the archiver does
             webhook_deliveries.prune,
             partial(usage.prune, days=self._settings.usage_days),
         ]

@@ -29,6 +29,7 @@ from starlette.routing import Route
 
 from api.connections import BoundedHttp, open_socket
 from domain.jobs import AttemptOutcome
+from maintenance.archive import Archiver
 from maintenance.batches import BatchWork
 from maintenance.callbacks import CallbackPublisher
 from maintenance.janitor import Janitor
@@ -106,6 +107,9 @@ class Maintenance:
             asyncio.create_task(self._keep_sending(sessions)),
             asyncio.create_task(self._keep_telling(sessions)),
         ]
+        if settings.archive_url:
+            archiver = Archiver(sync_database, settings.archive_url)
+            work.append(asyncio.create_task(self._keep_ticking("archive", archiver.tick)))
         await self._stopping.wait()
         following.cancel()
         _, hanging = await asyncio.wait(work, timeout=STOP_SECONDS)

@@ -234,16 +234,14 @@ moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM exp
 {told("expired", has_chunks="committed_sequence_number > 0")}
 """)
 
-PRUNE = text(f"""
-DELETE FROM jobs WHERE finished_at IS NOT NULL AND id IN (
-    SELECT id FROM jobs WHERE prune_at <= {CLOCK} ORDER BY prune_at LIMIT :limit FOR UPDATE SKIP LOCKED)
-""")
+_DUE = f"SELECT id FROM jobs WHERE prune_at <= {CLOCK} ORDER BY prune_at LIMIT :limit"
 
-# Jobs of tenants with a retention, whatever their own `prune_at`. Ids begin with the time of acceptance, so that only
-# jobs old enough are read. Lines whose batch has not written their results yet, and turns that are not part of their
-# conversation yet, stay until then.
-PRUNE_RETAINED = text(f"""
-DELETE FROM jobs WHERE finished_at IS NOT NULL AND id IN (
+
+def _due_retained(locking: str) -> str:
+    """Jobs of tenants with a retention, whatever their own `prune_at`. Ids begin with the time of acceptance, so that
+    only jobs old enough are read. Lines whose batch has not written their results yet, and turns that are not part of
+    their conversation yet, stay until then."""
+    return f"""
     SELECT old.id FROM tenants t CROSS JOIN LATERAL (
         SELECT j.id FROM jobs j
         WHERE j.tenant_id = t.id AND j.finished_at <= {CLOCK} - make_interval(secs => t.retention_seconds)
@@ -251,8 +249,25 @@ DELETE FROM jobs WHERE finished_at IS NOT NULL AND id IN (
                 || repeat('0', 20))::uuid
             AND NOT EXISTS (SELECT FROM batch_lines l WHERE l.job_id = j.id)
             AND NOT EXISTS (SELECT FROM conversation_turns c WHERE c.job_id = j.id)
-        ORDER BY j.id LIMIT :limit FOR UPDATE OF j SKIP LOCKED
-    ) old WHERE t.retention_seconds < {MAX_RETENTION_SECONDS})
+        ORDER BY j.id LIMIT :limit {locking}
+    ) old WHERE t.retention_seconds < {MAX_RETENTION_SECONDS}"""
+
+
+PRUNE = text(f"DELETE FROM jobs WHERE finished_at IS NOT NULL AND id IN ({_DUE} FOR UPDATE SKIP LOCKED)")
+
+PRUNE_RETAINED = text(
+    f"DELETE FROM jobs WHERE finished_at IS NOT NULL AND id IN ({_due_retained('FOR UPDATE OF j SKIP LOCKED')})"
+)
+
+DUE, DUE_RETAINED = text(_DUE), text(_due_retained(""))
+
+# Of jobs that were due a moment ago, those that still are.
+DELETE_DUE = text(f"""
+DELETE FROM jobs j WHERE j.finished_at IS NOT NULL AND j.id = ANY(CAST(:ids AS uuid[])) AND (j.prune_at <= {CLOCK}
+    OR EXISTS (SELECT FROM tenants t WHERE t.id = j.tenant_id AND t.retention_seconds < {MAX_RETENTION_SECONDS}
+            AND j.finished_at <= {CLOCK} - make_interval(secs => t.retention_seconds))
+        AND NOT EXISTS (SELECT FROM batch_lines l WHERE l.job_id = j.id)
+        AND NOT EXISTS (SELECT FROM conversation_turns c WHERE c.job_id = j.id))
 """)
 
 FORGET_POISON = text(f"DELETE FROM poison_requests WHERE created_at < {CLOCK} - interval '1 day'")

@@ -342,8 +342,13 @@ def fail_gone(
 def prune(session: Session, *, limit: int = 200) -> int:
     """Delete finished jobs that are older than their result_ttl_seconds or their tenant's retention_seconds, with
     everything that belongs to them, and expired poison records. Returns the number of jobs."""
-    session.execute(ends.FORGET_POISON)
+    forget_poison(session)
     return sum(_num_rows(session, statement, {"limit": limit}) for statement in (ends.PRUNE, ends.PRUNE_RETAINED))
+
+
+def forget_poison(session: Session) -> int:
+    """Delete expired poison records."""
+    return _num_rows(session, ends.FORGET_POISON, {})
 
 
 def delete(session: Session, job_id: UUID, tenant_id: UUID) -> bool:

@@ -19,8 +19,10 @@ from tests.conftest import MakeJob
 from tests.integration.api_harness import ApiServer, HandWorker
 from tests.integration.runner_harness import Rig
 from tests.prepared import PreparedProcess, engine_nursery, nursery
+from tests.waiting import SECONDS
 
 STDERR = 2
+BUCKET = "models"  # of `bucket`
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -97,3 +99,25 @@ def rig(
     rig = Rig(session_factory, settings, make_job, context_length)
     yield rig
     rig.close()
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty bucket; the AWS_* variables lead to it."""
+    pytest.importorskip("obstore")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    url = f"http://{host}:{port}"
+    for name, value in {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_ALLOW_HTTP": "true",
+    }.items():
+        monkeypatch.setenv(name, value)
+    httpx.put(f"{url}/{BUCKET}", timeout=SECONDS).raise_for_status()
+    yield url
+    server.stop()

@@ -17,13 +17,13 @@ from celeriac.store.files import ModelRefused
 from celeriac.store.sources import BucketSource, FolderSource
 from celeriac.store.store import Manifest, ModelStore, Wanted
 from settings import ROOT
+from tests.integration.conftest import BUCKET
 from tests.unit.test_model_store import Heard, write_published
 from tests.waiting import SECONDS
 
 pytestmark = pytest.mark.slow
 
 COMMIT = "12fd25f77366fa6b3b4b768ec3050bf629380bac"
-BUCKET = "models"
 
 
 class Hub(ThreadingHTTPServer):
@@ -150,28 +150,6 @@ def test_other_weights_than_the_hub_announces_are_refused(hub: Hub, tmp_path: Pa
     assert done.returncode == 1
     assert "is not what was published" in done.stderr
     assert not (tmp_path / "data/models/tiny").exists()
-
-
-@pytest.fixture
-def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The URL of an empty bucket; the AWS_* variables lead to it."""
-    pytest.importorskip("obstore")
-    server_module = pytest.importorskip("moto.server")
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    for name, value in {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-        "AWS_ALLOW_HTTP": "true",
-    }.items():
-        monkeypatch.setenv(name, value)
-    httpx.put(f"{url}/{BUCKET}", timeout=SECONDS).raise_for_status()
-    yield url
-    server.stop()
 
 
 def test_a_prefix_of_a_bucket_is_pulled(bucket: str, tmp_path: Path) -> None:

@@ -1,0 +1,110 @@
+"""Jobs that are due to be deleted, whole, for the archive that gets them first."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import Engine, select, text
+from sqlalchemy.orm import Session
+
+from domain.jobs import external_id
+from domain.requests import REQUEST, RESULT
+from storage import job_ends as ends
+from storage.tables import Job, JobPayload, JobResult
+
+MAX_READ = 200  # jobs at a time
+ARCHIVE_LOCK = 0x0CE1_E41A_AC41  # a key of PostgreSQL's advisory locks
+
+TAKE_LOCK, GIVE_LOCK = text("SELECT pg_try_advisory_lock(:key)"), text("SELECT pg_advisory_unlock(:key)")
+WAIT_FOR_LOCK = text("SELECT pg_advisory_lock(:key)")
+
+# Columns of a job that say what it was and how it went; how it was run is of no use after it.
+COLUMNS = (
+    "model",
+    "adapter",
+    "model_revision",
+    "endpoint",
+    "kind",
+    "status",
+    "priority",
+    "attempt",
+    "num_failures",
+    "finish_reason",
+    "num_prompt_tokens",
+    "num_committed_tokens",
+    "max_tokens",
+    "seed",
+    "created_at",
+    "started_at",
+    "first_token_at",
+    "finished_at",
+    "key_id",
+    "idempotency_key",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class DueJob:
+    """`line` is what the archive keeps of it."""
+
+    id: UUID
+    tenant_id: UUID
+    day: date  # on which it ended, UTC
+    line: dict[str, Any]
+
+
+def list_due(session: Session) -> list[DueJob]:
+    """The jobs that may be deleted now, those that are due longest first. They are not locked: whoever reads them holds
+    the archive's lock."""
+    due = [
+        row.id for statement in (ends.DUE, ends.DUE_RETAINED) for row in session.execute(statement, {"limit": MAX_READ})
+    ]
+    ids = list(dict.fromkeys(due))[:MAX_READ]
+    statement = select(Job, JobPayload.request, JobResult.result).where(Job.id.in_(ids), Job.finished_at.is_not(None))
+    statement = statement.outerjoin(JobPayload, JobPayload.job_id == Job.id)
+    rows = session.execute(statement.outerjoin(JobResult, JobResult.job_id == Job.id)).all()
+    by_id = {job.id: _due_job(job, request, result) for job, request, result in rows}
+    return [by_id[id_] for id_ in ids if id_ in by_id]
+
+
+def _due_job(job: Job, request: Any, result: Any) -> DueJob:
+    assert job.finished_at is not None
+    line: dict[str, Any] = {"id": external_id(job.id)}
+    line |= {name: _plain(getattr(job, name)) for name in COLUMNS}
+    line |= {
+        "metadata": job.job_metadata,
+        "error": None if job.error is None else job.error.model_dump(mode="json"),
+        "request": None if request is None else REQUEST.dump_python(request, mode="json"),
+        "result": None if result is None else RESULT.dump_python(result, mode="json"),
+    }
+    return DueJob(job.id, job.tenant_id, job.finished_at.astimezone(UTC).date(), line)
+
+
+def _plain(value: Any) -> Any:
+    return value.astimezone(UTC).isoformat() if isinstance(value, datetime) else value
+
+
+def delete_archived(session: Session, job_ids: Sequence[UUID]) -> int:
+    """Delete those of the jobs that are still due, with everything that belongs to them."""
+    deleted = session.connection().execute(ends.DELETE_DUE, {"ids": list(job_ids)})
+    return int(deleted.rowcount)
+
+
+@contextmanager
+def archive_lock(database: Engine, *, is_waiting: bool) -> Iterator[bool]:
+    """Holds the lock of the archive, without an open transaction, which the server would end; whether it was free. Only
+    one process at a time writes to the archive or erases from it."""
+    with database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        if is_waiting:
+            connection.execute(text("SET lock_timeout = 0"))
+            connection.execute(WAIT_FOR_LOCK, {"key": ARCHIVE_LOCK})
+        is_taken = is_waiting or bool(connection.scalar(TAKE_LOCK, {"key": ARCHIVE_LOCK}))
+        try:
+            yield is_taken
+        finally:
+            if is_taken:
+                connection.execute(GIVE_LOCK, {"key": ARCHIVE_LOCK})
+            connection.invalidate()  # its settings are not those of the pool
