@@ -118,6 +118,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "AWS_ALLOW_HTTP": "true",
     }.items():
         monkeypatch.setenv(name, value)
+    httpx.post(f"{url}/moto-api/reset", timeout=SECONDS).raise_for_status()  # its buckets outlive the server
     httpx.put(f"{url}/{BUCKET}", timeout=SECONDS).raise_for_status()
     yield url
     server.stop()

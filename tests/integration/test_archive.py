@@ -6,9 +6,10 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import httpx
+import obstore
 import pytest
 import redis
+from obstore.store import S3Store
 from sqlalchemy import Engine, select, text
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -49,9 +50,9 @@ def archiver(database: Engine) -> Archiver:
 
 def objects(bucket: str) -> dict[str, list[dict[str, Any]]]:
     """The lines of each object, by name."""
-    listed = httpx.get(f"{bucket}/{BUCKET}?list-type=2").raise_for_status().text
-    names = re.findall(r"<Key>([^<]+)</Key>", listed)
-    contents = {name: httpx.get(f"{bucket}/{BUCKET}/{name}").raise_for_status().content for name in names}
+    store = S3Store(BUCKET)  # by the AWS_* variables, which lead to `bucket`
+    names = [entry["path"] for page in obstore.list(store) for entry in page]
+    contents = {name: bytes(obstore.get(store, name).bytes()) for name in names}
     return {name: [json.loads(line) for line in gzip.decompress(body).splitlines()] for name, body in contents.items()}
 
 
