@@ -74,7 +74,7 @@ class Listeners:
         if is_slow:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, LITTLE)
         connection.connect(self._address)
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n".encode())
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n".encode())
         connection.setblocking(False)
         self._selector.register(connection, selectors.EVENT_READ, Listener(is_slow))
 
