@@ -2,7 +2,7 @@
 
 FastAPI compares a request with the pattern of each route in turn, of which we have over a hundred, and wraps it in
 layers that send, meter, limit and close what is sent, metered, limited and closed elsewhere here. That took longer than
-our own layers (docs/adr/0063).
+our own layers (docs/adr/0065).
 """
 
 from collections.abc import Callable, Coroutine, Iterable
