@@ -39,7 +39,9 @@ def pacer(settings: Settings) -> FlushPacer:
 
 def claim(storage: JobStorage, job_ids: list[UUID], *, is_repeated: bool = False) -> list[RunningJob]:
     """As many as these, which are all that are queued."""
-    claimed = storage.claim(len(job_ids), Lane.STANDARD, frozenset(), min_suspicions=0, is_repeated=is_repeated)
+    claimed = storage.claim(
+        len(job_ids), Lane.STANDARD, frozenset(), num_slots=16, min_suspicions=0, is_repeated=is_repeated
+    )
     return [RunningJob(job, claimed_at=0.0) for job in claimed]
 
 
@@ -108,8 +110,10 @@ def test_a_repeated_look_into_sql_gives_back_what_the_first_one_took_but_nothing
 ) -> None:
     (running,) = claim(storage, [make_job().id])
     lost = make_job().id
-    storage.claim(1, Lane.STANDARD, frozenset({running.id}), min_suspicions=0, is_repeated=False)
-    (found,) = storage.claim(1, Lane.STANDARD, frozenset({running.id}), min_suspicions=0, is_repeated=True)
+    storage.claim(1, Lane.STANDARD, frozenset({running.id}), num_slots=16, min_suspicions=0, is_repeated=False)
+    (found,) = storage.claim(
+        1, Lane.STANDARD, frozenset({running.id}), num_slots=16, min_suspicions=0, is_repeated=True
+    )
     assert (found.id, found.attempt) == (lost, 2)
     with storage.sessions() as session:
         assert session.get_one(Job, running.id).attempt == 1
