@@ -158,22 +158,21 @@ class Examiner:
         return [self._write_reason] if self._write_reason else []
 
     async def _worker_reasons(self) -> list[Reason]:
-        """All silent workers in one sentence."""
+        """All silent workers in one sentence, which does not name their hosts to everybody."""
         silent = await self._answer(troubles.silent_workers)
         if not silent:
             return []
-        named = ", ".join(f"{worker.hostname} for {worker.seconds:.0f} s" for worker in silent)
-        remedy = "it was killed, is frozen or cut off, restart it or see its log"
-        return [Reason(ReasonCode.WORKER_SILENT, f"a worker is silent ({named}): {remedy}")]
+        told = ", ".join(f"of {worker.model} for {worker.seconds:.0f} s" for worker in silent)
+        remedy = "it was killed, is frozen or cut off, restart it or see its log; celeriac doctor names it"
+        return [Reason(ReasonCode.WORKER_SILENT, f"a worker is silent ({told}): {remedy}")]
 
     async def _answer(self, function: Callable[..., list[T]]) -> list[T]:
         """Nothing, if the database does not answer."""
         try:
             return await self._ask(function)
         except (SQLAlchemyError, OSError) as exc:
-            log.debug(
-                "could not examine the database", extra={"reason": describe_exception(exc)}
-            )  # another look tells why
+            # Another look tells why.
+            log.debug("could not examine the database", extra={"reason": describe_exception(exc)})
             return []
 
     def _ask(self, function: Callable[..., T]) -> Awaitable[T]:

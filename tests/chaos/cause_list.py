@@ -322,7 +322,7 @@ AWAY = r"PostgreSQL gives no connection: (nothing listens|it is st|it recovers)|
 HANGS = r"the database does not answer within"
 DOCTOR_AWAY = r"fail  database: it does not answer"
 DOCTOR_DATABASE = r"it sees that (the database does not answer|PostgreSQL gives no connection)"
-SILENT = r"a worker is silent \(\S*{}"
+SILENT = r"a worker is silent \(of fake"
 
 CAUSES = [
     Cause("PostgreSQL is stopped", stop_server("postgres"), AWAY, DOCTOR_AWAY, "database_unavailable"),
@@ -375,7 +375,7 @@ CAUSES = [
     Cause(
         "a worker is cut off from PostgreSQL",
         cut("gpu-1 to postgres"),
-        SILENT.format("gpu-1"),
+        SILENT,
         r"gpu-1\S* \(fake\) has been silent",
         "worker_silent",
     ),
@@ -383,14 +383,14 @@ CAUSES = [
     Cause(
         "a worker is killed",
         kill("gpu-1"),
-        SILENT.format("gpu-1"),
+        SILENT,
         r"gpu-1\S* \(fake\) has been silent",
         "worker_silent",
     ),
     Cause(
         "a worker is frozen",
         freeze("gpu-2"),
-        SILENT.format("gpu-2"),
+        SILENT,
         r"gpu-2\S* \(fake\) has been silent",
         "worker_silent",
     ),
