@@ -33,7 +33,7 @@ WORKERS := $(shell cores=$$(nproc 2>/dev/null || echo 2); echo $$((cores < 2 ? 2
 ENGINES := llama_cpp
 ENGINES_FOLDER := $(or $(CELERIAC_DATA_DIR),.celeriac)/engines
 ENGINE_TESTS := tests/integration/test_engine_contract.py tests/integration/test_engine_contract_sampling.py \
-	tests/integration/test_engine_environments.py tests/integration/test_engine_llama_cpp.py \
+	tests/integration/test_engine_environments.py tests/integration/test_engine_llama_cpp.py tests/real_models/test_two_models.py \
 	$(foreach engine,$(ENGINES),$(wildcard tests/real_models/test_$(engine).py)) \
 	$(if $(filter vllm,$(ENGINES)),tests/real_models/test_remote.py)
 
