@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import redis.asyncio
@@ -63,10 +63,9 @@ REFUSALS = (
 
 @dataclass(slots=True)
 class Findings:
-    """What the last look saw."""
+    """What the last look saw, and what needs no look."""
 
-    at: float = float("-inf")  # monotonic
-    reasons: list[Reason] = field(default_factory=list)
+    reasons: list[Reason]
 
     def has(self, codes: frozenset[ReasonCode]) -> bool:
         return any(reason.code in codes for reason in self.reasons)
@@ -85,7 +84,8 @@ class Examiner:
         self._redis = client
         self._others = others
         self._looking = asyncio.Lock()
-        self._findings = Findings()
+        self._seen: list[Reason] = []
+        self._seen_at = float("-inf")  # monotonic
         self._written_at = float("-inf")  # monotonic
         self._write_reason: Reason | None = None
         self._blocker: Reason | None = None
@@ -95,12 +95,15 @@ class Examiner:
     async def look(self, *, max_age_seconds: float) -> Findings:
         """What is wrong, looked at again if that is older than this. Never raises for what it finds."""
         async with self._looking:
-            if time.monotonic() - self._findings.at > max_age_seconds:
+            if time.monotonic() - self._seen_at > max_age_seconds:
                 of_database, of_redis = await asyncio.gather(self._database_reasons(), self._redis_reasons())
-                seen = [*of_database, *of_redis]
-                self._findings = Findings(time.monotonic(), [*seen, *self._others(seen)])
+                self._seen, self._seen_at = [*of_database, *of_redis], time.monotonic()
                 self._publish()
         return self._findings
+
+    @property
+    def _findings(self) -> Findings:
+        return Findings([*self._seen, *self._others(self._seen)])
 
     async def look_forever(self) -> None:
         while True:

@@ -150,7 +150,7 @@ async def health(request: Request, response: Response) -> HealthView:
     found = await services.examiner.look(max_age_seconds=MAX_AGE_SECONDS)
     if not has_read and not found.has(FATAL):  # right after the start
         await services.monitor.refresh(max_age_seconds=STALE_SECONDS)
-        found = await services.examiner.look(max_age_seconds=0)
+        found = await services.examiner.look(max_age_seconds=MAX_AGE_SECONDS)
     queues = services.monitor.queues.values()
     num_workers = sum(queue.num_workers for queue in queues)
     response.status_code = 503 if found.has(FATAL) else 200

@@ -292,7 +292,8 @@ class QueueMonitor:
             await asyncio.sleep(min(max(pause, MAX_AGE_SECONDS), MAX_PAUSE_SECONDS))
             with suppress(TimeoutError):  # sooner while jobs come in, whose ETAs are only as good as the figures
                 longest = MAX_PAUSE_SECONDS if self._is_quiet else REFRESH_SECONDS
-                await asyncio.wait_for(self._has_accepted.wait(), longest - MAX_AGE_SECONDS)
+                async with asyncio.timeout(longest - MAX_AGE_SECONDS):
+                    await self._has_accepted.wait()
 
     @property
     def _is_quiet(self) -> bool:

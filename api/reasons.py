@@ -71,8 +71,9 @@ def installation_reasons(
     """What the queue monitor knows. While the database is at fault, which `seen` tells, nobody else is blamed."""
     codes = {reason.code for reason in seen}
     if not codes & (FATAL | {ReasonCode.DATABASE_LOCKED, ReasonCode.DATABASE_CONNECTIONS}) and not monitor.is_fresh:
-        slow = f"the queues could not be read for {STALE_SECONDS:g} s"
-        yield Reason(ReasonCode.DATABASE_SLOW, f"{slow}: the database is slow, see what runs in pg_stat_activity")
+        how_long = f"for {STALE_SECONDS:g} s" if monitor.has_read else "yet"
+        remedy = "the database is slow, see what runs in pg_stat_activity"
+        yield Reason(ReasonCode.DATABASE_SLOW, f"the queues could not be read {how_long}: {remedy}")
     if monitor.is_fresh:
         yield from _absences(monitor)
     if draining.is_set():

@@ -64,6 +64,7 @@ class NoOpRunner:
         return RunnerStats(
             max_num_seqs=models[0].max_num_seqs,
             num_running=self._num_running,
+            num_occupied=self._num_running,
             num_offered=self._offered.qsize(),
             is_engine_ready=True,
             state=WorkerState.READY,

@@ -149,7 +149,7 @@ def ways_of(name: str, python: str, models: Models, folder: Path) -> Iterator[Wa
     if environment == "vllm":
         place = str(models.safetensors())
         yield Way(name, "own", Child(python, "vllm", {"folder": place}, folder))
-        serve = [python, "-m", "vllm.entrypoints.cli.main", "serve", place, "--dtype", "float32"]
+        serve = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", place, "--dtype", "float32"]
         serve += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(NUM_SLOTS)]
         yield from server(name, serve, folder)
     if name in BACKENDS:

@@ -269,7 +269,7 @@ class EnginePool(BasePool):
         return {
             **super()._get_info(),
             "processes": [os.getpid()],
-            "slots-running": stats.num_running,
+            "slots-running": stats.num_occupied,
             "slots-free": self.runner.num_free,
             "in-hand": self.num_in_hand,
             "look-ahead": self.lookahead,

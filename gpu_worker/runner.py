@@ -376,6 +376,7 @@ class RunnerThread:
         return RunnerStats(
             max_num_seqs=self._spec.max_num_seqs,
             num_running=len(self._batch),
+            num_occupied=self._batch.num_occupied,
             num_offered=len(self._offers),
             is_engine_ready=self._supervisor.ready is not None,
             state=self._state,

@@ -208,6 +208,7 @@ class ModelRunners:
         return RunnerStats(
             max_num_seqs=sum(stats.max_num_seqs for stats in all_stats),
             num_running=sum(stats.num_running for stats in all_stats),
+            num_occupied=sum(stats.num_occupied for stats in all_stats),
             num_offered=sum(stats.num_offered for stats in all_stats),
             is_engine_ready=any(stats.is_engine_ready for stats in all_stats),
             state=min((stats.state for stats in all_stats), key=STATES.index),

@@ -76,6 +76,7 @@ class RunnerStats:
 
     max_num_seqs: int
     num_running: int  # jobs claimed and not yet ended
+    num_occupied: int  # slots taken, of which jobs whose end is being stored have none any more
     num_offered: int  # tickets in hand that have not been used yet
     is_engine_ready: bool
     state: WorkerState

@@ -175,7 +175,8 @@ class Maintenance:
 
     async def _rest(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stopping.wait(), max(seconds, 0.0))
+            async with asyncio.timeout(max(seconds, 0.0)):
+                await self._stopping.wait()
 
 
 def create_app(clocks: tuple[Clock, ...], silence_seconds: float) -> Starlette:

@@ -6,6 +6,7 @@ between rounds. Redis is not needed.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -153,10 +154,9 @@ class WebhookSender:
             await self._wait(POLL_SECONDS)
 
     async def _wait(self, seconds: float) -> None:
-        try:
-            await asyncio.wait_for(self._wakeup.wait(), seconds)
-        except TimeoutError:
-            pass
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wakeup.wait()
 
     async def _record_and_claim(self) -> int:
         outcomes = self._outcomes[:]

@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, func, select, text, update
+from sqlalchemy import BigInteger, CheckConstraint, Index, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
@@ -37,6 +37,10 @@ class ModelPull(Row):
     """`num_bytes` of `total_bytes` are those of the current `step`; the total is null if it is unknown."""
 
     __tablename__ = "model_pulls"
+    __table_args__ = (
+        CheckConstraint("status IN ('queued', 'running', 'completed', 'failed', 'cancelled')", name="status"),
+        Index("model_pulls_one_runs", text("(true)"), unique=True, postgresql_where=text("status = 'running'")),
+    )
 
     name: Mapped[str] = mapped_column(primary_key=True)
     source: Mapped[str]

@@ -70,7 +70,8 @@ class ChannelListener:
         if self._connection is None:
             return
         try:
-            await asyncio.wait_for(subscribed.wait(), SUBSCRIBE_SECONDS)
+            async with asyncio.timeout(SUBSCRIBE_SECONDS):
+                await subscribed.wait()
         except TimeoutError:
             log.debug("no answer to SUBSCRIBE yet", extra={"job_id": str(job_id)})
 
@@ -167,6 +168,10 @@ class ChannelListener:
                 await self._connection.send_command(command, channel_of(job_id))
             except REDIS_OUTAGES as exc:
                 log.debug("%s not sent: %s", command, exc)  # the listening task sees the same error and reconnects
+        # The client sends by `asyncio.wait_for`, which in Python 3.11 forgets a cancellation that comes as it ends.
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise asyncio.CancelledError
 
 
 def _job_id_of(channel: bytes) -> UUID | None:

@@ -156,11 +156,19 @@ def prometheus(plant: Plant, folder: Path) -> Iterator[str | None]:
             stdout=log,
             stderr=log,
         )
+    url = f"http://127.0.0.1:{port}"
     try:
-        yield f"http://127.0.0.1:{port}"
+        wait_until(lambda: _answers(url), "Prometheus answers")
+        yield url
     finally:
         process.terminate()
         process.wait()
+
+
+def _answers(prometheus_url: str) -> bool:
+    with suppress(httpx.TransportError):
+        return httpx.get(f"{prometheus_url}/-/ready", timeout=10).is_success
+    return False
 
 
 def _metrics_of(plant: Plant, name: str, log: str) -> str:

@@ -21,7 +21,8 @@ NO_FENCE = Mutant(
     edits=(
         Edit(
             SQL,
-            " AND j.attempt = flush.attempt\n        AND j.committed_sequence_number IN (flush.before, flush.after)",
+            " AND j.attempt = flush.attempt AND {OWNED}\n"
+            "        AND j.committed_sequence_number IN (flush.before, flush.after)",
             "",
         ),
         Edit(
@@ -31,7 +32,7 @@ NO_FENCE = Mutant(
         ),
         Edit(
             ENDS_SQL,
-            " AND j.attempt = ending.attempt AND j.committed_sequence_number = ending.last\n    ORDER",
+            " AND j.attempt = ending.attempt AND {OWNED} AND j.committed_sequence_number = ending.last\n    ORDER",
             "\n    ORDER",
         ),
     ),

@@ -109,6 +109,7 @@ class LedgerRunner:
         return RunnerStats(
             max_num_seqs=models[0].max_num_seqs,
             num_running=len(self._started_at),
+            num_occupied=len(self._started_at),
             num_offered=len(self._tickets),
             is_engine_ready=True,
             state=WorkerState.DRAINING if self._is_draining else WorkerState.READY,

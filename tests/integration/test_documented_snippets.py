@@ -232,7 +232,7 @@ def names_around(snippet: Snippet, plant: Plant, client: Client) -> dict[str, An
     if snippet.page == "batches.md":
         return {"client": openai.OpenAI(base_url=f"{plant.api_urls[0]}/v1", api_key="none")}
     if snippet.page == "celery.md":
-        return {"app": Celery("reader"), "model": str.upper}
+        return {"__name__": "reader", "app": Celery("reader"), "model": str.upper}
     return {"client": client, "prompts": ["Once", "Twice"]}
 
 
