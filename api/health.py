@@ -99,9 +99,9 @@ class FindingView(View):
 class HealthView(View):
     """`workers_drained_since` lists the workers that an operator has drained.
 
-    `degraded`: jobs are accepted, but for each of the `reasons` something is missing: Redis is unavailable (streams are
-    slower, nothing is lost), there are no workers, a maintenance clock is silent, jobs are stuck (`findings`), or a
-    model is unavailable (`/v1/models` says why).
+    `degraded`: jobs are accepted, but something is wrong, for which `reasons` has a sentence each: with the database
+    (locks, connections, its clock), with Redis (streams are slower, nothing is lost), with workers, maintenance or a
+    model, or jobs are stuck (`findings`). `unhealthy`: no job can be accepted.
     """
 
     status: Literal["ok", "degraded", "unhealthy"]
