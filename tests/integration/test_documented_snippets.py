@@ -77,6 +77,7 @@ ELSEWHERE = {
     ("metrics.md", "triggers:"): "a part of a KEDA that is the reader's",
     ("operations.md", "location /celeriac/"): "needs nginx; tests/integration/test_root_path.py has a proxy like it",
     ("operations.md", "ACL SETUSER"): "tests/integration/test_redis_acl.py",
+    ("operations.md", "aws s3 cp"): "needs a bucket with objects; tests/integration/test_archive.py has one",
     ("recipes.md", "export function follow"): "tests/conformance/node_web/browser.mjs",
     ("recipes.md", "import json"): "tests/integration/test_recipes.py",
     ("recipes.md", "model_list:"): "tests/conformance/programs/litellm_client.py",
