@@ -20,7 +20,7 @@ from domain.jobs import parse_id
 from domain.limits import CallerLimits
 from domain.stream_tokens import StreamToken
 from storage import limits, tenants
-from storage.database import repeatable, within
+from storage.database import POOL_TIMEOUT_SECONDS, repeatable, within
 from storage.tables import DEFAULT_TENANT_ID
 
 REMEMBER_SECONDS = 5.0  # how long a result is cached; after this, a revoked key is refused everywhere
@@ -29,7 +29,9 @@ RECHECK_SECONDS = 2.0  # between two checks of the keys that have streams open
 
 OPEN_SECONDS = 1.0  # the longest that a request without a key waits for the limits of its tenant
 
-MAX_LOOK_UPS = 2  # of keys at a time: whoever sends keys at random takes no more of the connections
+MAX_LOOK_UPS = (
+    2  # at a time, of keys that were valid, and as many of others: who sends keys at random delays only these
+)
 
 MAX_REMEMBERED = 10_000  # keys
 
@@ -68,9 +70,10 @@ class Authenticator:
         """`is_open`: no key is required; every request belongs to the default tenant and has every scope."""
         self._sessions = sessions
         self._is_open = is_open
-        self._remembered: dict[bytes, tuple[Identity | None, float]] = {}
+        self._remembered: dict[bytes, tuple[Identity, float]] = {}
+        self._refused: dict[bytes, float] = {}  # until when
         self._looking_up: dict[bytes, asyncio.Task[Identity | None]] = {}
-        self._places = asyncio.Semaphore(MAX_LOOK_UPS)
+        self._places_of_known, self._places_of_others = asyncio.Semaphore(MAX_LOOK_UPS), asyncio.Semaphore(MAX_LOOK_UPS)
         self._watched: dict[str, Watch] = {}  # by key or token
         self._watching: asyncio.Task[None] | None = None
         self._open_limits = CallerLimits()  # of the default tenant, where no key is required
@@ -78,7 +81,7 @@ class Authenticator:
         self._opening: asyncio.Task[None] | None = None
 
     async def aclose(self) -> None:
-        for task in (self._watching, self._opening):
+        for task in (self._watching, self._opening, *self._looking_up.values()):
             if task is not None:
                 task.cancel()
                 await asyncio.wait((task,))
@@ -89,8 +92,9 @@ class Authenticator:
             return await self._identify_anybody()
         key = _bearer_key(authorization)
         digest = hashlib.sha256(key.encode()).digest()
+        now = time.monotonic()
         identity, until = self._remembered.get(digest, (None, 0.0))
-        if time.monotonic() >= until:
+        if now >= until and now >= self._refused.get(digest, 0.0):
             identity = await self._look_up_once(digest, key)
         if identity is None:
             raise AuthenticationFailed("this API key is not valid; check it, or ask for a new one")
@@ -100,7 +104,8 @@ class Authenticator:
         """All requests with this key that come meanwhile share one look-up."""
         task = self._looking_up.get(digest)
         if task is None:
-            task = self._looking_up[digest] = asyncio.create_task(self._look_up(key))
+            places = self._places_of_known if digest in self._remembered else self._places_of_others
+            task = self._looking_up[digest] = asyncio.create_task(self._ask(places, _find_identity, key))
             task.add_done_callback(partial(self._note_found, digest))
         return await asyncio.shield(task)
 
@@ -120,7 +125,7 @@ class Authenticator:
 
     async def _look_up_open(self) -> None:
         try:
-            looking = self._ask(limits.limits_of_caller, DEFAULT_TENANT_ID, None)
+            looking = self._ask(self._places_of_known, limits.limits_of_caller, DEFAULT_TENANT_ID, None)
             self._open_limits = await within(OPEN_SECONDS, looking)
         except (StorageUnavailable, TimeoutError):
             pass  # those that are known apply
@@ -130,7 +135,7 @@ class Authenticator:
     async def identify_reader(self, token: str, job_id: str) -> Identity:
         """Whose job's stream the token opens. Raises AuthenticationFailed, with the same message for every kind of
         invalid token, or StorageUnavailable."""
-        identity = await self._look_up_token(token, job_id)
+        identity = await self._look_up_token(self._places_of_others, token, job_id)
         if identity is None:
             raise AuthenticationFailed(
                 "this stream token is not valid for this job, or has expired; ask for a new one with "
@@ -149,7 +154,7 @@ class Authenticator:
 
     async def wait_until_expired(self, token: str, job_id: str) -> None:
         """Returns once a valid stream token expires, or the key that it was made with is revoked."""
-        await self._wait_until_invalid(token, partial(self._look_up_token, token, job_id))
+        await self._wait_until_invalid(token, partial(self._look_up_token, self._places_of_known, token, job_id))
 
     async def _wait_until_invalid(self, credential: str, look_up: Callable[[], Awaitable[object | None]]) -> None:
         watch = self._watched.setdefault(credential, Watch(look_up))
@@ -177,15 +182,12 @@ class Authenticator:
                     watch.revoked.set()
 
     async def _look_up_again(self, key: str) -> Identity | None:
-        identity = await self._look_up(key)
+        identity = await self._ask(self._places_of_known, _find_identity, key)
         if identity is None:
             self._remember(hashlib.sha256(key.encode()).digest(), None)
         return identity
 
-    async def _look_up(self, key: str) -> Identity | None:
-        return await self._ask(_find_identity, key)
-
-    async def _look_up_token(self, text: str, job_id: str) -> Identity | None:
+    async def _look_up_token(self, places: asyncio.Semaphore, text: str, job_id: str) -> Identity | None:
         try:
             token = StreamToken.read(text)
             is_for_job = parse_id(job_id) == token.job_id
@@ -193,19 +195,33 @@ class Authenticator:
             return None
         if token.is_expired or not is_for_job:
             return None
-        return await self._ask(_find_reader, token, needs_key=not self._is_open)
+        return await self._ask(places, _find_reader, token, needs_key=not self._is_open)
 
-    async def _ask(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
+    async def _ask(
+        self,
+        places: asyncio.Semaphore,
+        function: Callable[Concatenate[Session, P], T],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Raises StorageUnavailable, also if no place comes free in time."""
         try:
-            async with self._places:
+            async with asyncio.timeout(POOL_TIMEOUT_SECONDS):
+                await places.acquire()
+            try:
                 return await repeatable(self._sessions, function, *args, **kwargs)
+            finally:
+                places.release()
         except (SQLAlchemyError, OSError) as exc:
             raise database_unavailable() from exc
 
     def _remember(self, digest: bytes, identity: Identity | None) -> None:
-        if len(self._remembered) >= MAX_REMEMBERED:
-            self._remembered.clear()
-        self._remembered[digest] = (identity, time.monotonic() + REMEMBER_SECONDS)
+        until = time.monotonic() + REMEMBER_SECONDS
+        self._remembered.pop(digest, None)
+        found: dict[bytes, Any] = self._refused if identity is None else self._remembered
+        if len(found) >= MAX_REMEMBERED:
+            found.clear()
+        found[digest] = until if identity is None else (identity, until)
 
 
 def _find_identity(session: Session, key: str) -> Identity | None:

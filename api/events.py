@@ -131,7 +131,11 @@ class EventStream(Response):
                     if reason == "unserved"
                     else self._early_end_frame
                 )
-                await send({"type": "http.response.body", "body": body, "more_body": False})
+                try:
+                    async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                        await send({"type": "http.response.body", "body": body, "more_body": False})
+                except TimeoutError:
+                    reason = "slow"
             self._on_end(reason)
         finally:
             for end in reasons:
@@ -148,7 +152,9 @@ class EventStream(Response):
         try:
             while True:
                 patience = sender.seconds_until_silent(self._heartbeat_seconds)
-                timeout = max(0.0, min(patience, SEND_TIMEOUT_SECONDS, ends_at - time.monotonic()))
+                timeout = max(
+                    0.0, min(patience, self._heartbeat_seconds, SEND_TIMEOUT_SECONDS, ends_at - time.monotonic())
+                )
                 done, _ = await asyncio.wait(
                     (sending, *reason_by_end), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -179,15 +185,18 @@ class _Sender:
         self._send = send
         self._sent_at = time.monotonic()
         self._is_sending = False
+        self._turn = asyncio.Lock()
 
     async def send_all(self, frames: AsyncIterator[bytes]) -> None:
         async for body in frames:
             await self.send(body)
 
     async def send(self, body: bytes) -> None:
-        self._is_sending, self._sent_at = True, time.monotonic()
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
-        self._is_sending = False
+        """One after another: a heartbeat may be waiting for the client when the next frame comes."""
+        async with self._turn:
+            self._is_sending, self._sent_at = True, time.monotonic()
+            await self._send({"type": "http.response.body", "body": body, "more_body": True})
+            self._is_sending = False
 
     @property
     def is_stuck(self) -> bool:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import redis.asyncio
-from redis.exceptions import AuthenticationError, OutOfMemoryError, ResponseError
+from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, ResponseError
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from api.reasons import NO_JOBS, Reason, ReasonCode
+from api.reasons import FATAL, NO_JOBS, Reason, ReasonCode
 from domain.clocks import MAX_SKEW_SECONDS, skew_seconds
 from metrics import health_reasons
 from observability import describe_exception
@@ -192,7 +192,8 @@ class Examiner:
             remedy = "raise its maxmemory; streams and starts are slower, nothing is lost"
             return [Reason(ReasonCode.REDIS_FULL, f"Redis has no memory left: {remedy}")]
         except (AuthenticationError, ResponseError) as exc:
-            what = str(exc).partition(".")[0]
+            # Which user and which command is for doctor to say.
+            what = "no permission" if isinstance(exc, NoPermissionError) else str(exc).partition(".")[0]
             return [Reason(ReasonCode.REDIS_REFUSES, f"Redis refuses to write ({what}): see its log and its ACL")]
         except REDIS_OUTAGES:
             what = f"Redis does not answer within {CHECK_SECONDS:g} s"
@@ -207,7 +208,7 @@ def refusal(exc: BaseException) -> Reason:
     for words, code, remedy in REFUSALS:
         if words in said:
             what = "PostgreSQL gives no connection"
-            return Reason(code, f"{what}: {remedy}; {NO_JOBS}")
+            return Reason(code, f"{what}: {remedy}" + (f"; {NO_JOBS}" if code in FATAL else ""))
     what = f"the database does not answer within {CHECK_SECONDS:g} s"
     return Reason(
         ReasonCode.DATABASE_UNAVAILABLE,

@@ -135,7 +135,7 @@ def _ask(session: Session, name: str, body: PullBody, actor: str) -> ModelPull:
 
 def _cancel(session: Session, name: str, actor: str) -> ModelPull:
     pull = model_pulls.cancel(session, name)
-    administration.note_pull(session, "model.pull_cancel", name, {}, actor=actor)
+    administration.note_pull(session, "model.pull_cancel", pull.name, {}, actor=actor)
     return pull
 
 

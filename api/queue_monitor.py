@@ -222,7 +222,7 @@ class QueueMonitor:
 
     def _joining(self, new_job: NewJob, queue: ModelQueue, *, num_queued: int | None = None) -> QueuePosition:
         since = self._accepted_since.get((queue.model, new_job.tenant_id), Load())
-        max_own = math.inf if num_queued is None else num_queued - 1
+        max_own = math.inf if num_queued is None else max(0, num_queued - 1)
         return queue.joining(new_job.tenant_id, since, new_job.max_output_tokens, max_own=max_own)
 
     def place_of(self, job: Job) -> QueueView:

@@ -99,6 +99,7 @@ class JobStorage:
         """Claim up to `limit` jobs of a lane for `num_slots` slots, fairest first. `known` are those that run here."""
         if is_repeated:  # in a transaction of its own, since a claim's does not wait for the disk
             with self.sessions.begin() as session:
+                database.plan_anew(session)  # a plan for any status has no use for the index of running jobs
                 released = self.release_unknown(session, known)
             job_log.returned(AttemptOutcome.RELEASED, released)
         with self.sessions.begin() as session:

@@ -268,7 +268,8 @@ class Janitor:
 
     @property
     def _has_queued(self) -> bool:
-        return self._due is None or self._due.has_queued
+        """Or soon, by an earlier rule of this tick."""
+        return self._due is None or self._due.has_queued or self._due.has_lapsed or self._due.has_stalled
 
     def _ping_redis(self) -> int:
         self._has_redis = False
@@ -304,13 +305,21 @@ class Janitor:
         if not self._is_pruning:
             return 0
         with self._sessions.begin() as session:
-            return files.prune(session)
+            num_files = files.prune(session)
+        return self._go_on_pruning(num_files)
 
     def _prune_conversations(self) -> int:
         if not self._is_pruning:
             return 0
         with self._sessions.begin() as session:
-            return conversations.prune(session)
+            num_conversations = conversations.prune(session)
+        return self._go_on_pruning(num_conversations)
+
+    def _go_on_pruning(self, num_rows: int) -> int:
+        """In the next tick, if there were any: more may be due than one transaction deletes."""
+        if num_rows:
+            self._prune_at = 0.0
+        return num_rows
 
     def _check(self) -> int:
         """Count inconsistencies, which should never occur, for the metrics. Returns their sum."""

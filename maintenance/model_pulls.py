@@ -43,7 +43,7 @@ class Child:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            with contextlib.suppress(ValueError, KeyError):  # a line of some library's, or the last one
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # a line of some library's, or the last one
                 said: dict[str, Any] = json.loads(line)
                 self.progress = Progress(said["step"], said["bytes"], said["total_bytes"])
 
@@ -123,8 +123,13 @@ def _start(pull: ModelPull) -> Child:
     command = [sys.executable, "-m", "celeriac", "models", "pull", pull.source, "--name", pull.name, "--json"]
     command += ["--accept-licence"] if pull.accepts_licence else []
     log.info("a pull begins", extra={"model": pull.name, "source": pull.source})
-    errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed when the pull ends)
+    errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (closed when the pull ends)
     process = subprocess.Popen(
-        ending_with_us(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True
+        ending_with_us(command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=errors,
+        text=True,
+        errors="replace",
     )
     return Child(pull.name, process, errors)

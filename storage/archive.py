@@ -7,15 +7,15 @@ from datetime import UTC, date, datetime
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Engine, select, text
+import orjson
+from sqlalchemy import Engine, Text, cast, select, text
 from sqlalchemy.orm import Session
 
 from domain.jobs import external_id
-from domain.requests import REQUEST, RESULT
 from storage import job_ends as ends
 from storage.tables import Job, JobPayload, JobResult
 
-MAX_READ = 200  # jobs at a time
+MAX_READ = 50  # jobs at a time, all of whose texts are in memory
 ARCHIVE_LOCK = 0x0CE1_E41A_AC41  # a key of PostgreSQL's advisory locks
 
 TAKE_LOCK, GIVE_LOCK = text("SELECT pg_try_advisory_lock(:key)"), text("SELECT pg_advisory_unlock(:key)")
@@ -63,22 +63,24 @@ def list_due(session: Session) -> list[DueJob]:
         row.id for statement in (ends.DUE, ends.DUE_RETAINED) for row in session.execute(statement, {"limit": MAX_READ})
     ]
     ids = list(dict.fromkeys(due))[:MAX_READ]
-    statement = select(Job, JobPayload.request, JobResult.result).where(Job.id.in_(ids), Job.finished_at.is_not(None))
+    texts = cast(JobPayload.request, Text), cast(JobResult.result, Text)
+    statement = select(Job, *texts).where(Job.id.in_(ids), Job.finished_at.is_not(None))
     statement = statement.outerjoin(JobPayload, JobPayload.job_id == Job.id)
     rows = session.execute(statement.outerjoin(JobResult, JobResult.job_id == Job.id)).all()
     by_id = {job.id: _due_job(job, request, result) for job, request, result in rows}
     return [by_id[id_] for id_ in ids if id_ in by_id]
 
 
-def _due_job(job: Job, request: Any, result: Any) -> DueJob:
+def _due_job(job: Job, request: str | None, result: str | None) -> DueJob:
+    """Request and result as they are stored, whichever release has written them."""
     assert job.finished_at is not None
     line: dict[str, Any] = {"id": external_id(job.id)}
     line |= {name: _plain(getattr(job, name)) for name in COLUMNS}
     line |= {
         "metadata": job.job_metadata,
         "error": None if job.error is None else job.error.model_dump(mode="json"),
-        "request": None if request is None else REQUEST.dump_python(request, mode="json"),
-        "result": None if result is None else RESULT.dump_python(result, mode="json"),
+        "request": None if request is None else orjson.Fragment(request),
+        "result": None if result is None else orjson.Fragment(result),
     }
     return DueJob(job.id, job.tenant_id, job.finished_at.astimezone(UTC).date(), line)
 

@@ -80,7 +80,8 @@ moved AS (SELECT id, tenant_id, 0 AS queued, -1 AS running, charge FROM ended),
 SELECT id, is_told FROM ended
 UNION ALL  -- a repeated call: the first one was committed, but its answer was lost
 SELECT j.id, false FROM jobs j JOIN ending USING (id) WHERE j.status = ending.status AND j.attempt = ending.attempt
-    AND j.committed_sequence_number = ending.last
+    AND j.committed_sequence_number = ending.last AND (CAST(:owner AS uuid) IS NULL
+        OR EXISTS (SELECT FROM job_attempts a WHERE a.job_id = j.id AND a.attempt = j.attempt AND a.worker_id = :owner))
 """)
 
 

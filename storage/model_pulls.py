@@ -11,7 +11,7 @@ from enum import StrEnum
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import BigInteger, CheckConstraint, Index, func, select, text, update
+from sqlalchemy import BigInteger, CheckConstraint, Index, and_, func, or_, select, text, update
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
@@ -127,8 +127,12 @@ def claim(session: Session, owner: UUID) -> ModelPull | None:
     """The oldest that waits, or one whose process is gone, unless another runs. Raises IntegrityError if another
     process claims one at this moment."""
     silent = ModelPull.seen_at < text(f"{CLOCK} - make_interval(secs => {SILENCE_SECONDS})")
-    gone = (ModelPull.status == PullStatus.RUNNING, ModelPull.cancel_requested, silent)
-    session.execute(update(ModelPull).where(*gone).values(status=PullStatus.CANCELLED, finished_at=func.now()))
+    is_gone = or_(ModelPull.status == PullStatus.QUEUED, and_(ModelPull.status == PullStatus.RUNNING, silent))
+    session.execute(
+        update(ModelPull)
+        .where(ModelPull.cancel_requested, is_gone)
+        .values(status=PullStatus.CANCELLED, finished_at=func.now())
+    )
     name = session.execute(CLAIM, {"owner": owner, "silence_seconds": SILENCE_SECONDS}).scalar()
     return None if name is None else find(session, name)
 

@@ -8,7 +8,7 @@ job, which names the old one and has the same request and defaults.
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -205,8 +205,7 @@ class Submitter:
             job_log.accepted(new_job)
             if accepted.record is not None:
                 job_log.answered(new_job)
-                view = self._views.get(new_job.request.model)
-                self._known_prompts.note(view, new_job.tenant_id, new_job.request_hash, new_job.prompt_token_ids)
+                self._note_prompt(new_job)
             else:
                 self._ring(new_job.request.model_id, new_job.id)
         else:
@@ -217,6 +216,13 @@ class Submitter:
             labelled(response_cache_total, new_job.request.model_id, cache).inc()
         created_at = accepted.created_at or datetime.now(UTC)
         return Submitted(accepted.job_id, is_new, created_at, new_job, cache, accepted.record, accepted.num_queued)
+
+    def _note_prompt(self, new_job: NewJob) -> None:
+        """Unless the model has been replaced or removed since the request was prepared."""
+        with suppress(CeleriacError):
+            view = self._views.get(new_job.request.model)
+            if view.revision == new_job.model_revision:
+                self._known_prompts.note(view, new_job.tenant_id, new_job.request_hash, new_job.prompt_token_ids)
 
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
         """The job to be accepted, all limits checked; nothing is committed. Raises the CeleriacError that says what is

@@ -9,6 +9,7 @@ MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 FORMAT_BY_TYPE = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
+MAX_ITEMS = 2**23  # of all lists together; the largest vocabularies have half a million tokens and as many merges
 
 
 def read_header(file: Path) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def read_header(file: Path) -> dict[str, Any]:
         try:
             with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _Reader(content).header()
-        except (struct.error, ValueError, OverflowError, MemoryError) as exc:
+        except (struct.error, ValueError, OverflowError, MemoryError, RecursionError) as exc:
             raise ValueError(f"{file.name} has no complete GGUF header ({exc}); fetch it again") from exc
 
 
@@ -28,6 +29,7 @@ class _Reader:
     def __init__(self, content: mmap.mmap) -> None:
         self._content = content
         self._place = 0
+        self._num_items = 0
 
     def header(self) -> dict[str, Any]:
         if self._content[:4] != MAGIC:
@@ -52,8 +54,9 @@ class _Reader:
 
     def _array(self) -> list[Any]:
         kind, length = self._number("I"), self._number("Q")
-        if length > len(self._content) - self._place:
-            raise ValueError(f"a list of {length} is longer than the file")
+        self._num_items += length
+        if self._num_items > MAX_ITEMS or length > len(self._content) - self._place:
+            raise ValueError(f"a list of {length} is longer than the file, or its lists have over {MAX_ITEMS} items")
         if kind in (STRING, ARRAY):
             return [self._value(kind) for _ in range(length)]
         return list(self._numbers(f"<{length}{_format(kind)}"))
