@@ -193,6 +193,7 @@ def test_a_job_cancelled_in_the_queue_never_starts(rig: Rig) -> None:
     worker.runner.cancel_queued([running, queued])
     wait_until(lambda: rig.job(queued).status is JobStatus.CANCELLED, "the waiting job is cancelled")
     worker.runner.cancel(running)
+    worker.wait_for(ENDED, [running])
     wait_until(lambda: worker.num_spent() == 2, "both tickets are spent")
     assert worker.story(queued) == []
     assert worker.ends(running) == [JobStatus.CANCELLED]
