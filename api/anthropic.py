@@ -11,12 +11,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.events import frame
 from api.inputs import off_loop, read_model
 from api.openai.answers import Framing, WholeAnswer, stream_answer
 from api.openai.running import Asked, Run, start
 from api.openapi import REFUSALS, request_body, streamed_or
 from api.services import PrivateRoute, services_of
+from api.sse import (
+    frame,
+)
 from dialects.anthropic_answers import PING, MessageStream, MessageView, TokenCountView, from_result
 from dialects.anthropic_errors import OVERLOADED, AnthropicErrorView
 from dialects.anthropic_fields import ANTHROPIC_HINT_TREE

@@ -6,8 +6,10 @@ from collections.abc import AsyncIterator, Mapping
 from starlette.responses import StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
-from api.events import SEND_TIMEOUT_SECONDS
 from api.limits import RequestPlaces
+from api.sse import (
+    SEND_TIMEOUT_SECONDS,
+)
 
 
 class Download(StreamingResponse):

@@ -20,12 +20,20 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.events import EventStream, event_of, json_line, retry_until_storage_answers, terminal_id
+from api.events import (
+    event_of,
+    retry_until_storage_answers,
+    terminal_id,
+)
 from api.inputs import OutputQuery, query_parameters, read_query
 from api.jobs import find_job
 from api.limits import size_of
 from api.openapi import EVENTS, TEXT
 from api.services import Services, caller_of, stream_router
+from api.sse import (
+    EventStream,
+    json_line,
+)
 from dialects.native import job_view
 from dialects.openai_views import View
 from domain.errors import CursorExpired, InvalidCursor, InvalidRequest

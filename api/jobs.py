@@ -14,7 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.events import EventStream, JobEventStream, choices_of, read_all_chunks, start_of
+from api.events import (
+    JobEventStream,
+    choices_of,
+    read_all_chunks,
+    start_of,
+)
 from api.inputs import (
     EventsQuery,
     ListQuery,
@@ -39,6 +44,9 @@ from api.model_queues import queue_headers
 from api.openapi import EVENTS, TEXT, request_body
 from api.root_path import link
 from api.services import Services, caller_of, private_router, stream_router
+from api.sse import (
+    EventStream,
+)
 from dialects.bodies import parse_model
 from dialects.native import (
     BODY_SCHEMA,

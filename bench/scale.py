@@ -135,7 +135,12 @@ def measure_streams() -> dict[str, float]:
     import psutil
     import redis
 
-    from api.events import event_of, frame
+    from api.events import (
+        event_of,
+    )
+    from api.sse import (
+        frame,
+    )
     from domain.requests import TokenChunk
     from local.servers import EmbeddedRedis
     from storage.stream_channels import channel_of

@@ -18,18 +18,20 @@ from starlette.types import Receive, Scope, Send
 
 from api.errors import error_body, error_response
 from api.events import (
-    ABANDONED,
-    HEARTBEAT,
-    EventStream,
-    data_frame,
     next_of,
     retry_until_storage_answers,
-    wait_for_disconnect,
-    wait_for_revocation,
 )
 from api.limits import size_of
 from api.middleware import CUT
 from api.openai.running import Run, first_unserved, headers_of
+from api.sse import (
+    ABANDONED,
+    HEARTBEAT,
+    EventStream,
+    data_frame,
+    wait_for_disconnect,
+    wait_for_revocation,
+)
 from dialects.errors import refuse_unfinished
 from domain.errors import AuthenticationFailed, CeleriacError, DeadlineExceeded, JobNotFound, ServerOverloaded
 from domain.jobs import JobStatus, external_id

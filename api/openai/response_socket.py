@@ -24,11 +24,15 @@ from starlette.types import Message
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from api.errors import error_response
-from api.events import ABANDONED, SEND_TIMEOUT_SECONDS, wait_for_revocation
 from api.openai.response_records import parser_for
 from api.openai.response_streams import ResponseStream
 from api.openai.responses import start_response
 from api.services import Services, authenticate, credential_in_headers
+from api.sse import (
+    ABANDONED,
+    SEND_TIMEOUT_SECONDS,
+    wait_for_revocation,
+)
 from dialects.bodies import parse_model
 from dialects.errors import HTTP_BY_CODE
 from dialects.fields import HINT_TREE

@@ -8,8 +8,13 @@ many workers the job has had.
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from contextlib import aclosing
 
-from api.events import frame, retry_until_storage_answers
+from api.events import (
+    retry_until_storage_answers,
+)
 from api.services import Services
+from api.sse import (
+    frame,
+)
 from dialects.openai_response_objects import (
     Ending,
     ResponseView,

@@ -10,7 +10,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.events import ABANDONED, EventStream, frame
 from api.inputs import PageQuery, QueryModel, listing, off_loop, query_parameters, read_for_model, read_query
 from api.openai.answers import WholeAnswer
 from api.openai.conversation_turns import accept_in, context_in, end_turn_of
@@ -27,6 +26,11 @@ from api.openai.response_streams import ResponseStream, error_event
 from api.openai.running import Asked, Run, start
 from api.openapi import request_body, streamed_or
 from api.services import Services, caller_of, private_router
+from api.sse import (
+    ABANDONED,
+    EventStream,
+    frame,
+)
 from dialects.bodies import with_body_names
 from dialects.errors import refuse_unfinished
 from dialects.fields import HINT_TREE

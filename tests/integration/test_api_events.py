@@ -387,7 +387,7 @@ def test_a_reader_that_takes_nothing_does_not_slow_the_others(
 def test_a_reader_that_takes_nothing_for_long_is_cut(
     http: httpx.Client, api: ApiServer, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.events.SEND_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr("api.sse.SEND_TIMEOUT_SECONDS", 0.3)
     job_id = post_job(http, model="large", params={"max_tokens": 50_000})["id"]
     job = hand_worker.claim(job_id)
     request = f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nhost: localhost\r\n\r\n".encode()

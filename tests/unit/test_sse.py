@@ -10,8 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from api.events import HEARTBEAT, EventStream, frame
 from api.limits import StreamPlaces
+from api.sse import (
+    HEARTBEAT,
+    EventStream,
+    frame,
+)
 from celeriac.client.protocol import parse_events
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)

@@ -10,8 +10,13 @@ from uuid import UUID
 import pytest
 
 from api.durable_streams import JsonMessages, PlainText
-from api.events import event_of, frame
+from api.events import (
+    event_of,
+)
 from api.simple import GeneratedStream
+from api.sse import (
+    frame,
+)
 from dialects.anthropic_answers import MessageStream
 from dialects.anthropic_requests import MessagesBody
 from dialects.openai_chat import ChatStream
