@@ -25,7 +25,7 @@ from tests.chaos.checker import judge, read_stored
 from tests.chaos.clients import Clients, History, How
 from tests.chaos.plant import Plant, start_prepared
 from tests.integration.consumer_harness import EventLog
-from tests.waiting import SECONDS, slowness
+from tests.waiting import SECONDS, slowness, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -198,6 +198,8 @@ def test_short_jobs_leave_the_running_batch_early_and_waiting_ones_join(system: 
     joined_and_left = """EXISTS (SELECT FROM jobs short WHERE short.max_tokens < jobs.max_tokens
         AND short.started_at > jobs.started_at AND short.finished_at < jobs.finished_at)"""
     assert system.count(f"max_tokens >= {LONG.start} AND {joined_and_left}") >= NUM_SLOTS // 3
+    ends = ("task-succeeded", "task-failed", "task-revoked")
+    wait_until(lambda: sum(event["type"] in ends for event in events.all()) >= NUM_JOBS, "every end is told")
     for history in clients.histories:
         assert history.job_id is not None
         assert events.of(parse_id(history.job_id)) == ["received", "started", "succeeded"]
