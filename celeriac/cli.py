@@ -23,7 +23,7 @@ from celeriac.jobs import batch, cancel, jobs, submit, watch
 from celeriac.keys import keys
 from celeriac.live import queue, top, workers
 from celeriac.models import models
-from celeriac.options import HAS_SERVER, json_option, print_json
+from celeriac.options import HAS_SERVER, Commands, json_option, print_json
 from celeriac.tenants import tenants
 from celeriac.usage import usage
 
@@ -34,25 +34,11 @@ INTERRUPTED = 130  # the exit code after Ctrl-C, as in shells: 128 and the numbe
 
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
 
-#: The commands that only talk to an API.
-CLIENT_COMMANDS = frozenset(
-    {"submit", "watch", "cancel", "jobs", "batch", "dead-letters", "queue", "workers", "top", "usage", "completion"}
-)
-
-
-class Commands(click.Group):
-    """Commands in the order in which they are defined."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return [name for name in self.commands if HAS_SERVER or name in CLIENT_COMMANDS]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if not HAS_SERVER and cmd_name in self.commands.keys() - CLIENT_COMMANDS:
-            raise click.ClickException(
-                f"`celeriac {cmd_name}` needs the server, but only the client is installed here; run it in a checkout, "
-                "where make run installs it"
-            )
-        return super().get_command(ctx, cmd_name)
+class MainCommands(Commands):
+    client_commands = frozenset(
+        {"submit", "watch", "cancel", "jobs", "batch", "dead-letters", "models", "queue", "workers", "top", "usage"}
+        | {"completion"}
+    )
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -97,7 +83,7 @@ Only the client is installed here. The commands that run and administer a server
 
 
 @click.group(
-    cls=Commands,
+    cls=MainCommands,
     help=HELP if HAS_SERVER else CLIENT_HELP,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from celeriac.options import connection_options, json_option, open_client, print_json
+from celeriac.options import Commands, connection_options, json_option, open_client, print_json
 
 if TYPE_CHECKING:
     from celeriac.store.store import GgufBackend, Manifest, ModelStore, Wanted
@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from domain.model_sources import KnownModel
 
 
-@click.group(invoke_without_command=True)
+class ModelCommands(Commands):
+    client_commands = frozenset({"pulls"})
+
+
+@click.group(cls=ModelCommands, invoke_without_command=True)
 @json_option
 @click.pass_context
 def models(context: click.Context, as_json: bool) -> None:
@@ -27,6 +31,7 @@ def models(context: click.Context, as_json: bool) -> None:
     celeriac up --model smollm2-135m        serve it
     """
     if context.invoked_subcommand is None:
+        models.refuse_without_server(context, "list")
         context.invoke(list_models, as_json=as_json)
 
 

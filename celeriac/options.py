@@ -13,6 +13,30 @@ if TYPE_CHECKING:
 HAS_SERVER = (Path(__file__).parents[1] / "storage").is_dir()  # not gpu_worker, which the image of the API lacks
 
 
+class Commands(click.Group):
+    """Commands in the order in which they are defined. Where only the client is installed, the others say so."""
+
+    #: Those that only talk to an API.
+    client_commands: frozenset[str] = frozenset()
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [name for name in self.commands if HAS_SERVER or name in self.client_commands]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name in self.commands:
+            self.refuse_without_server(ctx, cmd_name)
+        return super().get_command(ctx, cmd_name)
+
+    def refuse_without_server(self, ctx: click.Context, cmd_name: str) -> None:
+        """Raises ClickException."""
+        if not HAS_SERVER and cmd_name not in self.client_commands:
+            path = " ".join(["celeriac", *ctx.command_path.split()[1:], cmd_name])
+            raise click.ClickException(
+                f"`{path}` needs the server, but only the client is installed here; run it in a checkout, "
+                "where make run installs it"
+            )
+
+
 def connection_options(command: Any) -> Any:
     """--url and --key."""
     command = click.option("--key", help="API key.  [default: CELERIAC_API_KEY]")(command)

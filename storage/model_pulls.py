@@ -80,15 +80,17 @@ RETURNING name
 
 
 def ask(session: Session, name: str, source: str, *, accepts_licence: bool) -> ModelPull:
-    """Have the model pulled; what is being pulled from there already goes on. Raises InvalidRequest if it is being
-    pulled from elsewhere."""
+    """Have the model pulled; what is being pulled from there already goes on. One whose cancel is under way is queued
+    anew: its process finds that it is no longer its own. Raises InvalidRequest if it is being pulled from elsewhere."""
     fresh: dict[str, Any] = {"source": source, "accepts_licence": accepts_licence, "status": PullStatus.QUEUED}
     blank = dict.fromkeys(("total_bytes", "error", "owner", "seen_at", "started_at", "finished_at"))
     blank |= {"step": "", "num_bytes": 0, "cancel_requested": False, "created_at": func.now()}
     statement = insert(ModelPull).values(name=name, **fresh)
     session.execute(
         statement.on_conflict_do_update(
-            index_elements=[ModelPull.name], set_=fresh | blank, where=ModelPull.status.not_in(UNFINISHED)
+            index_elements=[ModelPull.name],
+            set_=fresh | blank,
+            where=or_(ModelPull.status.not_in(UNFINISHED), ModelPull.cancel_requested),
         )
     )
     pull = find(session, name)

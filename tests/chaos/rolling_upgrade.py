@@ -65,8 +65,10 @@ class Balancer:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._end_all(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+        self._loop.close()
 
     def add(self, url: str) -> None:
         """Returns once it gets connections."""
@@ -77,9 +79,17 @@ class Balancer:
         """Its connections go on, as those of a pod that is terminating."""
         del self._targets[url]
 
+    async def _end_all(self) -> None:
+        """A loop that merely stops leaves tasks behind, which say so when they are collected."""
+        self._server.close()
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        await asyncio.gather(*others, return_exceptions=True)
+
     async def _listen(self) -> None:
-        server = await asyncio.start_server(self._forward, "127.0.0.1", 0)
-        self.port = server.sockets[0].getsockname()[1]
+        self._server = await asyncio.start_server(self._forward, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
         self._checking = asyncio.create_task(self._check_forever())
 
     async def _check_forever(self) -> None:

@@ -132,6 +132,21 @@ def test_a_running_pull_is_cancelled_and_leaves_nothing(
         wait_for(client, "mine", "completed")
 
 
+def test_a_pull_asked_for_again_while_it_is_cancelled_begins_anew(session_factory: sessionmaker[Session]) -> None:
+    first, second = uuid4(), uuid4()
+    with session_factory.begin() as session:
+        model_pulls.ask(session, "tiny", "hf:org/tiny", accepts_licence=False)
+    with session_factory.begin() as session:
+        assert model_pulls.claim(session, first)
+        assert model_pulls.cancel(session, "tiny").cancel_requested
+    with session_factory.begin() as session:
+        pull = model_pulls.ask(session, "tiny", "hf:org/other", accepts_licence=False)
+        assert (pull.status, pull.cancel_requested, pull.source) == (PullStatus.QUEUED, False, "hf:org/other")
+        assert not model_pulls.report(session, "tiny", first, Progress()), "the first process stops"
+        model_pulls.end(session, "tiny", first, PullStatus.CANCELLED)
+        assert model_pulls.claim(session, second), "and its end is not this one's"
+
+
 @pytest.mark.parametrize(
     ("body", "param", "says"),
     [

@@ -66,6 +66,16 @@ def test_only_the_commands_of_the_client_are_offered(installed: Path) -> None:
     )
 
 
+def test_of_models_only_the_pulls_over_http_are_offered(installed: Path) -> None:
+    asked = run(installed, CLI, "models", "pulls", "--url", "http://127.0.0.1:9")
+    assert asked.stderr.startswith("Error: no answer from the API at http://127.0.0.1:9: Connection refused")
+    assert "`celeriac models pull` needs the server" in run(installed, CLI, "models", "pull", "x").stderr
+    assert "`celeriac models list` needs the server" in run(installed, CLI, "models").stderr
+    shown = run(installed, CLI, "models", "--help").stdout.partition("Commands:")[2]
+    assert shown.split()[0] == "pulls"
+    assert "check" not in shown
+
+
 def test_its_commands_name_the_api_and_the_remedy(installed: Path) -> None:
     assert "CELERIAC_API_URL" in run(installed, CLI, "submit", "Hello!").stderr
     refused = run(installed, CLI, "jobs", "--url", "http://127.0.0.1:9")
