@@ -34,6 +34,7 @@ INTERRUPTED = 130  # the exit code after Ctrl-C, as in shells: 128 and the numbe
 
 LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
 
+
 class MainCommands(Commands):
     client_commands = frozenset(
         {"submit", "watch", "cancel", "jobs", "batch", "dead-letters", "models", "queue", "workers", "top", "usage"}
