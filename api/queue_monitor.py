@@ -15,7 +15,7 @@ from uuid import UUID
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 
-from api.model_queues import PLAIN_WAITS, UNKNOWN_PLACE, ModelQueue, Waiting, read_queues
+from api.model_queues import PLAIN_WAITS, UNKNOWN_PLACE, ModelQueue, Waiting, queues_of, read_queues
 from dialects.native import QueueView
 from domain.catalog import Catalog
 from domain.eta import Eta, Load
@@ -138,7 +138,8 @@ class QueueMonitor:
 
     async def _read(self) -> None:
         began_at = time.monotonic()  # what changes during the read may be missing from it
-        queues = await repeatable(self._sessions, read_queues, self._catalog, self._settings)
+        read = await repeatable(self._sessions, read_queues, self._catalog)
+        queues = await asyncio.to_thread(queues_of, read, self._catalog, self._settings)
         num_pending, oldest_due_seconds = await repeatable(self._sessions, webhook_deliveries.backlog)
         webhook_deliveries_pending.set(num_pending)
         webhook_oldest_due_seconds.set(oldest_due_seconds)

@@ -203,7 +203,7 @@ def figures(place: Place) -> object:
     """As QueueMonitor reads them in the background."""
     with place.session() as session:
         found = job_queues.queue_figures(session)
-        standings = paces.standings(session)
+        standings = paces.standings_of(paces.standing_rows(session))
         paces.read(session, [MODEL])
     loads = found[MODEL].loads if MODEL in found else {}
     return FairOrder(

@@ -8,7 +8,7 @@ were off lately says how to correct the next one: the median of their errors giv
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 from uuid import UUID
@@ -114,11 +114,6 @@ class TenantQueue:
     load: Load
     arriving: Load = NOTHING  # per second, lately
 
-    @property
-    def end(self) -> float:
-        """The virtual time at which the last of its jobs begins and all of them are charged."""
-        return self.virtual_time + self.load.cost / self.weight
-
     def before(self, fair_time: float) -> Load:
         """The part of its queue whose turn comes before `fair_time`, as if all of its jobs were alike."""
         if fair_time <= self.virtual_time or not self.load.cost:
@@ -132,26 +127,54 @@ def level_of(tenants: Collection[TenantQueue]) -> float:
     return min(active, default=max((tenant.virtual_time for tenant in tenants), default=0.0))
 
 
+class Rises:
+    """What several queues have before each virtual time: sums that rise evenly between two times at which the turn of
+    some queue begins or ends. In plain numbers, since the API builds one for all tenants of a model each second."""
+
+    def __init__(self, tenants: Iterable[TenantQueue]) -> None:
+        changes: list[tuple[float, float, float, float]] = []  # a time, and what the slopes change by
+        for tenant in tenants:
+            num_jobs, cost, num_tokens = tenant.load
+            if cost > 0:
+                rate = tenant.weight / cost
+                jobs, costs, tokens = num_jobs * rate, cost * rate, num_tokens * rate
+                changes.append((tenant.virtual_time, jobs, costs, tokens))
+                changes.append((tenant.virtual_time + cost / tenant.weight, -jobs, -costs, -tokens))
+        changes.sort()
+        self._times = [change[0] for change in changes]
+        self._sums: list[tuple[float, ...]] = []  # at each time: what comes before, and the slopes from there on
+        jobs = costs = tokens = job_slope = cost_slope = token_slope = 0.0
+        before = changes[0][0] if changes else 0.0
+        for time, more_jobs, more_costs, more_tokens in changes:
+            width, before = time - before, time
+            jobs, costs, tokens = jobs + job_slope * width, costs + cost_slope * width, tokens + token_slope * width
+            job_slope += more_jobs
+            cost_slope += more_costs
+            token_slope += more_tokens
+            self._sums.append((jobs, costs, tokens, job_slope, cost_slope, token_slope))
+
+    def before(self, fair_time: float) -> Load:
+        """What all of them have before `fair_time`."""
+        place = bisect_right(self._times, fair_time) - 1
+        if place < 0:
+            return Load()
+        jobs, costs, tokens, job_slope, cost_slope, token_slope = self._sums[place]
+        width = fair_time - self._times[place]
+        return Load(jobs + job_slope * width, costs + cost_slope * width, tokens + token_slope * width)
+
+
+Queues = tuple[Mapping[UUID, TenantQueue], Rises]
+
+
 class FairOrder:
     """All tenants' queues of a model, for finding how much comes before a job in logarithmic time."""
 
     def __init__(self, tenants: Iterable[TenantQueue]) -> None:
         self.by_id = {tenant.tenant_id: tenant for tenant in tenants}
-        self._after: dict[float, FairOrder] = {}
-        slopes: dict[float, Load] = {}  # changes of what a unit of virtual time adds to the sum
-        for tenant in self.by_id.values():
-            if tenant.load.cost > 0:
-                slope = tenant.load.times(tenant.weight / tenant.load.cost)
-                slopes[tenant.virtual_time] = slopes.get(tenant.virtual_time, Load()).plus(slope)
-                slopes[tenant.end] = slopes.get(tenant.end, Load()).plus(slope.times(-1))
-        self._times = sorted(slopes)
-        self._sums: list[tuple[Load, Load]] = []  # at each time: what comes before, and the slope from there on
-        total = slope = Load()
-        before = self._times[0] if self._times else 0.0
-        for time in self._times:
-            total = total.plus(slope.times(time - before))
-            slope, before = slope.plus(slopes[time]), time
-            self._sums.append((total, slope))
+        self._rises = Rises(self.by_id.values())
+        arriving = [tenant for tenant in self.by_id.values() if tenant.arriving.num_jobs]
+        self._arriving = {tenant.tenant_id: tenant for tenant in arriving}
+        self._after: dict[float, Queues] = {}  # by seconds, of those that submit
         self.total = Load(*(sum(column) for column in zip(*(t.load for t in self.by_id.values()), strict=True)))
         self._present = {tenant.tenant_id for tenant in self.by_id.values() if tenant.num_running or tenant.load.cost}
         self.level = level_of(self.by_id.values())
@@ -162,11 +185,7 @@ class FairOrder:
 
     def before(self, fair_time: float) -> Load:
         """What all tenants have before `fair_time`."""
-        place = bisect_right(self._times, fair_time) - 1
-        if place < 0:
-            return Load()
-        total, slope = self._sums[place]
-        return total.plus(slope.times(fair_time - self._times[place]))
+        return self._rises.before(fair_time)
 
     def fair_time(self, tenant_id: UUID, own_cost: float) -> float:
         """Of a job that has so much of its tenant's queue before it."""
@@ -175,21 +194,30 @@ class FairOrder:
 
     def ahead_of(self, tenant_id: UUID, own: Load) -> Load:
         """What comes before a job that has `own` of its tenant's queue before it."""
-        return self._others(tenant_id, self.fair_time(tenant_id, own.cost)).plus(own)
+        return _others((self.by_id, self._rises), tenant_id, self.fair_time(tenant_id, own.cost)).plus(own)
 
     def overtaking(self, tenant_id: UUID, fair_time: float, seconds: float) -> Load:
         """What other tenants will submit within so many seconds and have before this tenant's job at `fair_time`."""
-        if seconds not in self._after:
-            self._after[seconds] = FairOrder(
-                replace(tenant, load=tenant.load.plus(tenant.arriving.times(seconds))) for tenant in self.by_id.values()
-            )
-        more = self._after[seconds]._others(tenant_id, fair_time)
-        return _not_negative(more.plus(self._others(tenant_id, fair_time).times(-1)))
+        now = _others(self._after_seconds(0.0), tenant_id, fair_time)
+        later = _others(self._after_seconds(seconds), tenant_id, fair_time)
+        return _not_negative(later.plus(now.times(-1)))
 
-    def _others(self, tenant_id: UUID, fair_time: float) -> Load:
-        """What all other tenants have before `fair_time`."""
-        before, tenant = self.before(fair_time), self.by_id.get(tenant_id)
-        return before if tenant is None else _not_negative(before.plus(tenant.before(fair_time).times(-1)))
+    def _after_seconds(self, seconds: float) -> Queues:
+        """The queues of those that submit, as they will be. The others' stay as they are, however many there are."""
+        if seconds not in self._after:
+            later = {
+                tenant_id: replace(tenant, load=tenant.load.plus(tenant.arriving.times(seconds)))
+                for tenant_id, tenant in self._arriving.items()
+            }
+            self._after[seconds] = later, Rises(later.values())
+        return self._after[seconds]
+
+
+def _others(queues: Queues, tenant_id: UUID, fair_time: float) -> Load:
+    """What all other tenants have before `fair_time`."""
+    by_id, rises = queues
+    before, tenant = rises.before(fair_time), by_id.get(tenant_id)
+    return before if tenant is None else _not_negative(before.plus(tenant.before(fair_time).times(-1)))
 
 
 def _not_negative(load: Load) -> Load:

@@ -5,9 +5,10 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import Row, text
 from sqlalchemy.orm import Session
 
 from domain.eta import Errors, Load, Pace
@@ -71,9 +72,12 @@ class Standing:
     num_running: int
 
 
-def standings(session: Session) -> dict[UUID, Standing]:
+def standing_rows(session: Session) -> Sequence[Row[Any]]:
     """Of the tenants that have jobs queued or running."""
-    rows = session.execute(STANDINGS)
+    return session.execute(STANDINGS).all()
+
+
+def standings_of(rows: Sequence[Row[Any]]) -> dict[UUID, Standing]:
     return {row.tenant_id: Standing(row.virtual_time, row.weight, row.num_running) for row in rows}
 
 

@@ -1,7 +1,8 @@
 """Positions in the queue, and what a database that was slow to answer costs those who ask later."""
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 from uuid import UUID
 
@@ -9,9 +10,10 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from api import queue_monitor
+from api import model_queues, queue_monitor
 from api.queue_monitor import QueueMonitor
 from domain.catalog import Catalog, ModelSpec
+from domain.eta import FairOrder, TenantQueue
 from domain.jobs import new_id
 from settings import Settings
 from storage import job_queues
@@ -63,6 +65,26 @@ async def test_an_unexpected_error_ends_neither_the_figures_nor_the_positions(
             await wait_until_async(lambda: monitor.queues)
     await database.dispose()
     assert "could not find positions" in errors_in(caplog)
+
+
+async def test_the_queues_of_many_tenants_are_ranked_beside_the_event_loop(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second's ranking of thousands of tenants takes longer than a stream may wait for its next token."""
+    ranked_in: list[threading.Thread] = []
+
+    class Ranking(FairOrder):
+        def __init__(self, tenants: Iterable[TenantQueue]) -> None:
+            ranked_in.append(threading.current_thread())
+            super().__init__(tenants)
+
+    monkeypatch.setattr(model_queues, "FairOrder", Ranking)
+    database = open_statement_database(database_url)
+    async with QueueMonitor(async_session_factory(database), Catalog([SPEC]), Settings()) as monitor:
+        await monitor.read(max_age_seconds=0.0)
+    await database.dispose()
+    assert ranked_in
+    assert threading.current_thread() not in ranked_in
 
 
 def errors_in(caplog: pytest.LogCaptureFixture) -> set[str]:

@@ -97,6 +97,22 @@ def test_whoever_comes_later_and_has_received_less_overtakes() -> None:
     assert FairOrder([coming(A, 5.0, 0, 3)]).overtaking(A, 30.0, 8.0) == Load(), "not its own tenant's"
 
 
+def test_who_will_overtake_is_found_among_those_who_submit() -> None:
+    draw = random.Random(3)
+    tenants = [
+        coming(UUID(int=number), draw.choice((0.0, 0.0, draw.uniform(0.1, 5))), draw.uniform(0, 100), draw.randrange(9))
+        for number in range(100)
+    ]
+    order = FairOrder(tenants)
+    for _ in range(50):
+        own, at, seconds = draw.choice(tenants).tenant_id, draw.uniform(-10, 300), draw.choice((1.0, 8.0))
+        slowly = 0.0
+        for one in tenants:
+            later = replace(one, load=one.load.plus(one.arriving.times(seconds)))
+            slowly += (later.before(at).num_jobs - one.before(at).num_jobs) if one.tenant_id != own else 0.0
+        assert order.overtaking(own, at, seconds).num_jobs == pytest.approx(slowly, abs=1e-6)
+
+
 def test_an_estimate_foresees_those_who_will_overtake_until_the_start() -> None:
     """On one slot each job takes 2 s, and one is half done; one in four seconds overtakes."""
     pace, slots = Pace(num_jobs=100, seconds_per_token=0.1), Slots(1, 1, 20, 10)
