@@ -90,25 +90,13 @@ NUM_SEQUENCES = "greatest(1, (j.cost - j.num_prompt_tokens) / greatest(1, j.max_
 
 ACCEPT = text(f"""
 WITH new AS MATERIALIZED (
-    SELECT * FROM unnest(
-        CAST(:ids AS uuid[]), CAST(:tenant_ids AS uuid[]), CAST(:models AS text[]), CAST(:adapters AS text[]),
-        CAST(:model_revisions AS text[]),
-        CAST(:priorities AS smallint[]), CAST(:idempotency_keys AS text[]), CAST(:request_hashes AS bytea[]),
-        CAST(:max_failures AS int[]), CAST(:start_timeouts AS float8[]), CAST(:deadlines AS timestamptz[]),
-        CAST(:run_timeouts AS float8[]), CAST(:num_prompt_tokens AS int[]), CAST(:max_tokens AS int[]),
-        CAST(:seeds AS bigint[]), CAST(:costs AS int[]), CAST(:metadata AS text[]), CAST(:result_ttls AS int[]),
-        CAST(:requests AS text[]), CAST(:prompt_token_ids AS text[]), CAST(:webhook_urls AS text[]),
-        CAST(:webhook_statuses AS text[]), CAST(:endpoints AS text[]), CAST(:are_stored AS boolean[]),
-        CAST(:fingerprints AS bytea[]), CAST(:lanes AS text[]), CAST(:retry_ofs AS uuid[]),
-        CAST(:endpoint_bodies AS text[]), CAST(:kinds AS text[]), CAST(:input_lengths AS text[]),
-        CAST(:request_ids AS text[]), CAST(:callbacks AS text[]), CAST(:key_ids AS text[]),
-        CAST(:etas AS text[]), CAST(:traceparents AS text[]), CAST(:call_sizes AS int[])
-    ) WITH ORDINALITY AS n(
-        id, tenant_id, model, adapter, model_revision, priority, idempotency_key, request_hash, max_failures,
-        start_timeout, deadline_at, run_timeout_seconds, num_prompt_tokens, max_tokens, seed, cost, metadata,
-        result_ttl_seconds, request, prompt_token_ids, webhook_url, webhook_statuses, endpoint, is_stored, fingerprint,
-        lane, retry_of, endpoint_body, kind, input_lengths, request_id,
-        callback, key_id, eta, traceparent, call_size, place)
+    SELECT * FROM json_to_recordset(CAST(:jobs AS json)) AS n(place int, id uuid, tenant_id uuid, model text,
+        adapter text, model_revision text, priority smallint, idempotency_key text, request_hash bytea,
+        max_failures int, start_timeout float8, deadline_at timestamptz, run_timeout_seconds float8,
+        num_prompt_tokens int, max_tokens int, seed bigint, cost int, metadata text, result_ttl_seconds int,
+        request text, prompt_token_ids text, webhook_url text, webhook_statuses text, endpoint text, is_stored boolean,
+        fingerprint bytea, lane text, retry_of uuid, endpoint_body text, kind text, input_lengths text, request_id text,
+        callback text, key_id text, eta text, traceparent text, call_size int)
 ),
 load AS MATERIALIZED (
     SELECT l.tenant_id, bound, bound - l.num_queued AS room,

@@ -166,14 +166,14 @@ class Submitter:
         self, tenant_id: UUID, requests: Sequence[JobRequest], all_options: Sequence[JobOptions]
     ) -> list[NewJob]:
         """The jobs of one call, each to be passed to `commit`. Raises the CeleriacError that says what is wrong."""
+        if len(requests) == 1:
+            return [await self._ready(tenant_id, requests[0], all_options[0])]
         preparing = [self._ready(tenant_id, *one) for one in zip(requests, all_options, strict=True)]
         outcomes = await asyncio.gather(*preparing, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
         new_jobs = [outcome for outcome in outcomes if isinstance(outcome, NewJob)]
-        if len(new_jobs) == 1:
-            return new_jobs
         cost = sum(job.cost for job in new_jobs)
         return [replace(job, call=ClientCall(n, len(new_jobs), cost)) for n, job in enumerate(new_jobs)]
 

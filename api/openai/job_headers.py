@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,24 +45,25 @@ class JobHeaders:
 
 def read_job_headers(headers: Headers) -> JobHeaders:
     """Raises InvalidRequest. The headers that SDKs add by themselves are ignored if they cannot be parsed."""
-    read_timeout_seconds = _number(headers.get("x-stainless-read-timeout", headers.get("x-stainless-timeout")))
-    keep_alive = _one_of(headers, "X-Keep-Alive", "on", "off") or ("on" if read_timeout_seconds is None else "off")
+    given = dict(reversed(headers.items()))  # of a name, the first counts
+    read_timeout_seconds = _number(given.get("x-stainless-read-timeout", given.get("x-stainless-timeout")))
+    keep_alive = _one_of(given, "X-Keep-Alive", "on", "off") or ("on" if read_timeout_seconds is None else "off")
     return JobHeaders(
-        idempotency_key=parse_idempotency_key(headers.get("idempotency-key")),
-        cancel_after_seconds=_duration(headers, "Cancel-After"),
-        timeouts=Timeouts(_duration(headers, "X-Start-Timeout"), _duration(headers, "X-Run-Timeout")),
-        priority=_priority(headers.get("x-priority")),
-        webhook_url=_webhook_url(headers.get("x-webhook")),
-        on_disconnect=_on_disconnect(headers),
+        idempotency_key=parse_idempotency_key(given.get("idempotency-key")),
+        cancel_after_seconds=_duration(given, "Cancel-After"),
+        timeouts=Timeouts(_duration(given, "X-Start-Timeout"), _duration(given, "X-Run-Timeout")),
+        priority=_priority(given.get("x-priority")),
+        webhook_url=_webhook_url(given.get("x-webhook")),
+        on_disconnect=_on_disconnect(given),
         has_keep_alive=keep_alive == "on",
         read_timeout_seconds=read_timeout_seconds,
-        num_retries=int(_number(headers.get("x-stainless-retry-count")) or 0),
+        num_retries=int(_number(given.get("x-stainless-retry-count")) or 0),
     )
 
 
-def _duration(headers: Headers, name: str) -> float | None:
+def _duration(given: Mapping[str, str], name: str) -> float | None:
     """Seconds, as `90`, `90s`, `5m` or `1h30m`."""
-    text = headers.get(name)
+    text = given.get(name.lower())
     if text is None:
         return None
     match = _DURATION.fullmatch(text.strip())
@@ -90,8 +92,8 @@ def _webhook_url(text: str | None) -> str | None:
     return text
 
 
-def _one_of(headers: Headers, name: str, *known: str) -> str | None:
-    text = headers.get(name)
+def _one_of(given: Mapping[str, str], name: str, *known: str) -> str | None:
+    text = given.get(name.lower())
     if text is None:
         return None
     for word in known:
@@ -100,8 +102,8 @@ def _one_of(headers: Headers, name: str, *known: str) -> str | None:
     raise InvalidRequest(f"{name} is {text[:40]!r}; send {' or '.join(known)}", param=name)
 
 
-def _on_disconnect(headers: Headers) -> Literal["cancel", "continue"] | None:
-    word = _one_of(headers, "X-On-Disconnect", "cancel", "continue")
+def _on_disconnect(given: Mapping[str, str]) -> Literal["cancel", "continue"] | None:
+    word = _one_of(given, "X-On-Disconnect", "cancel", "continue")
     return None if word is None else "cancel" if word == "cancel" else "continue"
 
 

@@ -6,7 +6,7 @@ A job is cancelled when its client has disconnected and no other reader waits fo
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -288,7 +288,10 @@ async def _submit_all(
         _submit(services, new_job, options, started, asked.accept)
         for new_job, options in zip(new_jobs, all_options, strict=True)
     ]
-    outcomes = await asyncio.gather(*submissions, return_exceptions=True)
+    if len(submissions) == 1:  # without a task of its own
+        outcomes: list[Run | BaseException] = [await _outcome_of(submissions[0])]
+    else:
+        outcomes = await asyncio.gather(*submissions, return_exceptions=True)
     runs = [outcome for outcome in outcomes if isinstance(outcome, Run)]
     refusals = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     if not refusals:
@@ -302,6 +305,13 @@ async def _submit_all(
     if isinstance(refusals[0], CeleriacError):
         raise with_body_names(refusals[0], asked.spelling) from refusals[0]
     raise refusals[0]
+
+
+async def _outcome_of(submission: Coroutine[Any, Any, Run]) -> Run | Exception:
+    try:
+        return await submission
+    except Exception as exc:
+        return exc
 
 
 async def _cancel(services: Services, run: Run) -> None:
