@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from celeriac.bench import bench
 from celeriac.checks import (
     read_catalog,
     refuse_shared_sessions,
@@ -38,7 +39,7 @@ LOOPBACK_ADDRESSES = ("127.0.0.1", "::1", "localhost")
 class MainCommands(Commands):
     client_commands = frozenset(
         {"submit", "watch", "cancel", "jobs", "batch", "dead-letters", "models", "queue", "workers", "top", "usage"}
-        | {"completion"}
+        | {"bench", "completion"}
     )
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -271,6 +272,7 @@ main.add_command(dead_letters)
 main.add_command(queue)
 main.add_command(workers)
 main.add_command(top)
+main.add_command(bench)
 main.add_command(doctor)
 main.add_command(models)
 main.add_command(engines)

@@ -6,15 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from celeriac.options import connection_options, json_option, open_client, print_json
+from celeriac.options import SECONDS, connection_options, json_option, open_client, print_json
 
 if TYPE_CHECKING:
     from celeriac.client import BatchSnapshot, Client
     from celeriac.client.protocol import Prompt
     from celeriac.terminal import BatchPrinter
-
-
-SECONDS = click.FloatRange(0, min_open=True)
 
 
 @click.command()

@@ -44,6 +44,8 @@ def connection_options(command: Any) -> Any:
     return click.option("--url", help=text)(command)
 
 
+SECONDS = click.FloatRange(0, min_open=True)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 
 
@@ -56,10 +58,17 @@ def open_client(url: str | None, key: str | None) -> "Client":
     """Raises ClickException if no API is named and none runs in this folder."""
     from celeriac.client import Client
 
+    return Client(*connection(url, key))
+
+
+def connection(url: str | None, key: str | None) -> tuple[str, str | None]:
+    """The URL of the API, and the key for it. Raises ClickException if no API is named and none runs in this folder."""
     if not HAS_SERVER:
-        return Client(url, key)
+        from celeriac.client.protocol import url_of_api
+
+        return url_of_api(url), key
     from celeriac.checks import api_url
     from settings import get_settings
 
     settings = get_settings()
-    return Client(url or api_url(settings), key or settings.api_key)
+    return url or api_url(settings), key or settings.api_key

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import (
@@ -15,6 +15,7 @@ from rich.progress import (
     Progress,
     SpinnerColumn,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -24,6 +25,9 @@ from rich.progress import (
 from celeriac.client import BatchSnapshot, Client, ClientError, StreamEvent
 from celeriac.options import print_json
 from celeriac.tables import with_percent
+
+if TYPE_CHECKING:
+    from celeriac.load import LoadTest
 
 REPORT_SECONDS = 0.5  # between two reports on one step of a pull
 
@@ -247,6 +251,32 @@ class BatchPrinter:
         self._notes.print(f"{batch.id} is {batch.status}: {counts}", markup=False)
         if batch.num_completed < batch.num_lines:
             sys.exit(1)
+
+
+class LoadPrinter:
+    """The progress of a load test: a bar on a terminal, otherwise nothing."""
+
+    def __init__(self, notes: Console, *, num_jobs: int | None, seconds: float | None) -> None:
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TaskProgressColumn())
+        self._progress = Progress(*columns, TimeElapsedColumn(), console=notes, disable=not notes.is_terminal)
+        self._task_id = self._progress.add_task("", total=num_jobs or seconds)
+        self._seconds = seconds
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, load: "LoadTest") -> None:
+        num_ended = len(load.attempts)
+        refused = f", {load.num_refused} refused" if load.num_refused else ""
+        completed = num_ended if self._seconds is None else min(load.elapsed(), self._seconds)
+        description = f"{num_ended} ended{refused}, {load.num_open} under way"
+        self._progress.update(self._task_id, description=description, completed=completed)
 
 
 def follow(client: Client, job_id: str, *, is_live: bool, starting_after: str | None = None) -> int:

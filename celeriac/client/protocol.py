@@ -4,6 +4,7 @@ import json
 import math
 import os
 import secrets
+import ssl
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,6 +87,8 @@ def http_options(url: str, key: str | None) -> dict[str, Any]:
         "base_url": url,
         "headers": {"authorization": f"Bearer {key}"} if key else {},
         "timeout": httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS),
+        # As many as the caller has streams and waits: beyond httpx's hundred, they would wait for one another.
+        "limits": httpx.Limits(max_connections=None, max_keepalive_connections=100),
     }
 
 
@@ -96,12 +99,23 @@ def timeout_of_wait(seconds: float) -> httpx.Timeout:
 def unreachable(url: httpx.URL, cause: Exception, *, was_there: bool) -> ApiUnreachable:
     """`was_there`: whether this client has had an answer before."""
     name = str(url.copy_with(userinfo=b"")).rstrip("/")  # without credentials
-    reason = str(cause).partition("] ")[2] or str(cause) or type(cause).__name__  # without "[Errno 111] "
     return ApiUnreachable(
-        f"no answer from the API at {name}: {reason}; "
+        f"no answer from the API at {name}: {_reason(cause)}; "
         "start it with `celeriac up` (everything) or `celeriac api`, or name another one with --url",
         was_there=was_there or not isinstance(cause, httpx.ConnectError | httpx.ConnectTimeout),
     )
+
+
+def _reason(failure: Exception) -> str:
+    """What the system said. asyncio has it only behind its own `All connection attempts failed`."""
+    cause: BaseException | None = failure if isinstance(failure, httpx.ConnectError) else None
+    while cause is not None:
+        if isinstance(cause, BaseExceptionGroup):
+            cause = cause.exceptions[0]
+        if isinstance(cause, OSError) and not isinstance(cause, ssl.SSLError) and (cause.errno or 0) > 0:
+            return os.strerror(cause.errno or 0)
+        cause = cause.__cause__ or cause.__context__
+    return str(failure).partition("] ")[2] or str(failure) or type(failure).__name__  # without "[Errno 111] "
 
 
 @dataclass(slots=True)

@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from celeriac.cli import main
-from settings import get_settings
+from settings import ROOT, get_settings
 from tests.chaos.plant import Plant, start_prepared
 from tests.waiting import wait_until
 
@@ -144,6 +147,66 @@ def test_a_batch_that_was_left_is_fetched_by_its_id(run: Any, tmp_path: Path) ->
     assert batch["id"] in outcome.stderr
     assert run("batch", "get", batch["id"], "-o", str(second)).exit_code == 0
     assert first.read_bytes() == second.read_bytes()
+
+
+def figures_of(outcome: Result) -> Any:
+    [figures] = lines_of(outcome)
+    return figures
+
+
+@pytest.mark.parametrize("options", [("--stream",), ("--poll",), ("--openai", "--model", MODEL)])
+def test_a_load_test_tells_how_long_everything_took(run: Any, options: tuple[str, ...]) -> None:
+    sizes = ("--jobs", "6", "--concurrency", "3", "--max-tokens", "5", "--ignore-eos", "--prompt-words", "4")
+    outcome = run("bench", *sizes, *options, "--json")
+    assert outcome.exit_code == 0, outcome.stderr
+    figures = figures_of(outcome)
+    assert figures["jobs"] == {"completed": 6}
+    assert figures["completion_tokens"] == 6 * 5
+    whole, first = figures["end_to_end_seconds"], figures["time_to_first_token_seconds"]
+    assert (whole["number"], first["number"]) == (6, 6)
+    assert 0 < first["p50"] <= whole["max"] <= figures["seconds"]
+    is_streaming, are_jobs = options != ("--poll",), "--openai" not in options
+    assert (figures["inter_token_seconds"] is not None) == is_streaming
+    assert (figures["queue_wait_seconds"] is not None) == are_jobs
+
+
+def test_a_load_test_counts_refusals_and_failures_by_their_codes(run: Any, tmp_path: Path) -> None:
+    good = {"messages": [{"role": "user", "content": "Hi"}]}
+    bodies = [good, {"body": good}, {"prompt": "x", "max_tokens": 9_999}, {"prompt": "x", "seed": FAILING_SEED}]
+    (tmp_path / "in.jsonl").write_text('"Hello!"\n' + "".join(json.dumps(body) + "\n" for body in bodies))
+    options = ("--prompts", str(tmp_path / "in.jsonl"), "--jobs", "4", "--concurrency", "1", "--max-tokens", "9")
+    outcome = run("bench", *options, "--json")
+    figures = figures_of(outcome)
+    assert (figures["jobs"], outcome.exit_code) == ({"completed": 2, "refused": 1, "failed": 1}, 1)
+    assert (sum(figures["refusals"].values()), sum(figures["errors"].values())) == (1, 1)
+    assert "refused" in run("bench", *options).stdout
+    unknown = run("bench", "--model", "fak")
+    assert (unknown.exit_code, unknown.stdout) == (1, "")
+    assert "fak" in unknown.stderr
+
+
+def test_a_load_test_cancels_its_jobs_when_it_is_interrupted(run: Any) -> None:
+    def unfinished() -> list[Any]:
+        running, waiting = (lines_of(run("jobs", "--json", "--status", one))[0] for one in ("in_progress", "queued"))
+        return [*running, *waiting]
+
+    command = [sys.executable, "-m", "celeriac", "bench", "--json", "--max-tokens", "4000", "--ignore-eos", "-c", "5"]
+    command += ["--prompts", "-"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    with process:
+        process.stdin.write('{"prompt": "x", "max_tokens": 2}\n' + '{"prompt": "y"}\n' * 50)
+        process.stdin.close()
+        wait_until(lambda: len(unfinished()) == 5, "its jobs run and wait")
+        process.send_signal(signal.SIGINT)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        told, said = json.loads(process.stdout.read()), process.stderr.read()
+    assert (process.returncode, told["interrupted"]) == (130, True)
+    assert "5 jobs were cancelled" in said
+    wait_until(lambda: not unfinished(), "they have ended")
 
 
 def test_doctor_finds_a_running_system_well(run: Any) -> None:

@@ -78,6 +78,7 @@ def test_of_models_only_the_pulls_over_http_are_offered(installed: Path) -> None
 
 def test_its_commands_name_the_api_and_the_remedy(installed: Path) -> None:
     assert "CELERIAC_API_URL" in run(installed, CLI, "submit", "Hello!").stderr
-    refused = run(installed, CLI, "jobs", "--url", "http://127.0.0.1:9")
-    assert refused.returncode == 1
-    assert refused.stderr.startswith("Error: no answer from the API at http://127.0.0.1:9: Connection refused")
+    for command in ("jobs", "bench"):
+        refused = run(installed, CLI, command, "--url", "http://127.0.0.1:9")
+        assert refused.returncode == 1
+        assert refused.stderr.startswith("Error: no answer from the API at http://127.0.0.1:9: Connection refused")
