@@ -99,7 +99,10 @@ OLD_QUEUE = "celeriac-maintenance"  # earlier releases sent their ticks through 
 PRUNE_EVERY_SECONDS = 10.0
 PRUNE_SECONDS = 0.3  # in a tick; if more is due, the next tick continues, after the rules that are urgent
 
-CHECK_EVERY_SECONDS = 60.0  # the check reads every unfinished job
+EXPIRE_SECONDS = 0.3  # in a tick: claims read all jobs of a queue that are late, as long as they are in it
+
+CHECK_EVERY_SECONDS = 60.0
+CHECK_SHARE = 0.01  # of the time, at most, for which the database is busy with the check, which reads unfinished jobs
 
 UNSERVED_SECONDS = 30.0  # how long jobs may wait for a starting worker before their model counts as unserved
 
@@ -152,7 +155,7 @@ class Janitor:
         self._revisions = RevisionWatch(sessions, settings)
         self._prune_at = 0.0
         self._is_pruning = False  # whether in this tick it is time to prune
-        self._checked_at = 0.0
+        self._check_at = 0.0
         self._due: Due | None = None  # None if it could not be read: then every rule looks for itself
         self._leases_as_of: datetime | None = None  # None while leases cannot be trusted
         self._has_redis = False  # whether Redis answered in this tick
@@ -232,11 +235,15 @@ class Janitor:
     def _expire(self) -> int:
         if not (self._due is None or self._due.has_late):
             return 0
-        with self._sessions.begin() as session:
-            expired = jobs.expire(session)
-        job_log.ended_without_worker(expired)
-        publish(self._client, [(job.job_id, job.status) for job in expired])
-        return len(expired)
+        num_expired, began_at = 0, monotonic()
+        while True:
+            with self._sessions.begin() as session:
+                expired = jobs.expire(session)
+            job_log.ended_without_worker(expired)
+            publish(self._client, [(job.job_id, job.status) for job in expired])
+            num_expired += len(expired)
+            if not expired or monotonic() > began_at + EXPIRE_SECONDS:
+                return num_expired
 
     def _end_followers(self) -> int:
         if not (self._due is None or self._due.has_followers):
@@ -323,9 +330,10 @@ class Janitor:
 
     def _check(self) -> int:
         """Count inconsistencies, which should never occur, for the metrics. Returns their sum."""
-        if monotonic() - self._checked_at < CHECK_EVERY_SECONDS:
+        began_at = monotonic()
+        if began_at < self._check_at:
             return 0
-        self._checked_at = monotonic()
+        self._check_at = began_at + CHECK_EVERY_SECONDS
         with self._sessions.begin() as session:
             drift = maintenance.reconcile_load(session)
             maintenance.count_figure(session, "load_drift", drift)
@@ -335,6 +343,7 @@ class Janitor:
                 session, patience_seconds=UNSERVED_SECONDS, live_seconds=workers.LIVE_SECONDS
             )
             maintenance.set_figures(session, "unserved_jobs", dict[str, float](unserved))
+        self._check_at = max(self._check_at, began_at + (monotonic() - began_at) / CHECK_SHARE)
         if drift or orphans:
             log.error("the tables are inconsistent", extra={"load_drift": drift, "orphans": orphans})
         for lane, num_jobs in unserved.items():

@@ -301,10 +301,13 @@ def _is_gone(model: str, revision: str) -> str:
     AND NOT EXISTS (SELECT FROM workers w WHERE {live} AND coalesce(w.model_revision, {revision}) = {revision})"""
 
 
+# Written as in jobs_begun_idx: output comes from an earlier attempt, or from the job that this one repeats.
+MAY_HAVE_BEGUN = "(j.attempt > 0 OR j.retry_of IS NOT NULL)"
+
 GONE_REVISIONS = text(f"""
 WITH begun AS MATERIALIZED (
     SELECT j.model, j.model_revision, count(*) AS num_jobs FROM jobs j
-    WHERE j.status = 'queued' AND {BEGUN} GROUP BY j.model, j.model_revision
+    WHERE j.status = 'queued' AND {MAY_HAVE_BEGUN} AND {BEGUN} GROUP BY j.model, j.model_revision
 )
 SELECT b.model, b.model_revision, b.num_jobs FROM begun b WHERE {_is_gone("b.model", "b.model_revision")}
 """)
@@ -312,7 +315,8 @@ SELECT b.model, b.model_revision, b.num_jobs FROM begun b WHERE {_is_gone("b.mod
 PICK = f"""
 pick AS MATERIALIZED (
     SELECT j.id, j.num_committed_tokens AS num_tokens FROM jobs j
-    WHERE j.status = 'queued' AND j.model = :model AND j.model_revision = :model_revision AND {BEGUN}
+    WHERE j.status = 'queued' AND j.model = :model AND j.model_revision = :model_revision
+        AND {MAY_HAVE_BEGUN} AND {BEGUN}
         AND {_is_gone("j.model", "j.model_revision")}
     ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
 )"""

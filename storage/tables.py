@@ -223,6 +223,19 @@ class Job(Row):
             "id",
             postgresql_where=text("status = 'queued' AND lane = 'standard' AND priority < -10 AND num_dispatches = 0"),
         ),
+        Index(  # those of BEGUN, of which there are few; its own columns change with every flush of running jobs
+            "jobs_begun_idx",
+            "model",
+            "model_revision",
+            postgresql_where=text("status = 'queued' AND (attempt > 0 OR retry_of IS NOT NULL)"),
+        ),
+        Index(  # by which the beginnings of keys are found, whatever the database's collation
+            "jobs_lines_idx",
+            "tenant_id",
+            "idempotency_key",
+            postgresql_ops={"idempotency_key": "text_pattern_ops"},
+            postgresql_where=text("priority < -10"),
+        ),
         # lease_expires_at is not indexed, so that renewals stay heap-only updates.
         Index("jobs_running_idx", "lease_owner", postgresql_where=text("status = 'in_progress'")),
         Index("jobs_tenant_idx", "tenant_id", text("id DESC")),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from time import monotonic
 from typing import Any
 from uuid import UUID, uuid4
@@ -124,6 +125,16 @@ def test_jobs_past_their_deadline_are_expired(
     assert status_of(session_factory, late) is JobStatus.EXPIRED
     assert status_of(session_factory, late_to_start) is JobStatus.EXPIRED
     assert status_of(session_factory, timely) is JobStatus.QUEUED
+
+
+def test_a_tick_expires_more_than_one_transaction_does(
+    janitor: Janitor, session: Session, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until they have, each claim reads all that are late."""
+    late = [make_job(deadline_at=AN_HOUR_AGO) for _ in range(5)]
+    monkeypatch.setattr(jobs, "expire", partial(jobs.expire, limit=2))
+    monkeypatch.setattr("maintenance.janitor.EXPIRE_SECONDS", SECONDS)
+    assert janitor.tick()["expired"] == len(late)
 
 
 def test_what_an_emptied_broker_held_is_sent_again(janitor: Janitor, client: redis.Redis, make_job: MakeJob) -> None:
@@ -302,7 +313,7 @@ def test_jobs_that_nobody_serves_and_rows_that_break_the_rules_are_told(
         found = maintenance.figures(session)
         assert (found["unserved_jobs", "test-model/isolated"], found["orphans", ""]) == (1, 1)
         workers.heartbeat(session, WorkerReport(uuid4(), "gpu@test", "test-model", 1, 0, 0.0))
-    janitor._checked_at = 0.0
+    janitor._check_at = 0.0
     janitor.tick()
     with session_factory() as session:
         assert ("unserved_jobs", "test-model/isolated") not in maintenance.figures(session)

@@ -11,8 +11,8 @@ from sqlalchemy import TextClause, select, text, update
 from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus
-from storage import job_accept, job_ends, job_queues, job_statements
-from storage.tables import Job, TenantLoad
+from storage import job_accept, job_ends, job_queries, job_queues, job_statements
+from storage.tables import DEFAULT_TENANT_ID, Job, TenantLoad
 from tests.conftest import MakeJob, MakeTenant
 from tests.storage_samples import MODEL, chunk, new_job, result
 
@@ -74,6 +74,21 @@ def test_looking_for_batch_lines_reads_no_other_jobs(session: Session, make_job:
     session.execute(text("ANALYZE jobs"))
     parameters = {"model": MODEL, "limit": 8, "num_tenants": 16, "num_rows": 32}
     assert _rows_touched(session, job_statements.LET_LINES_IN, parameters) < 50
+
+
+def test_looking_for_revisions_that_are_gone_reads_no_jobs_without_output(session: Session, make_job: MakeJob) -> None:
+    """The janitor looks every few seconds, also where a million jobs wait for their first attempt."""
+    make_copies(session, make_job(), 3000)
+    session.execute(text("ANALYZE jobs"))
+    assert _rows_touched(session, job_ends.GONE_REVISIONS, {"live_seconds": 15}) < 50
+
+
+def test_the_lines_of_a_batch_are_found_by_their_index(session: Session, make_job: MakeJob) -> None:
+    make_copies(session, make_job(status=JobStatus.COMPLETED), 3000)
+    session.execute(text("ANALYZE jobs"))
+    lines = job_queries.lines_of(DEFAULT_TENANT_ID, "batch_01ARZ3NDEKTSV4RRFFQ69G5FAV")
+    compiled = lines.compile(session.connection(), compile_kwargs={"literal_binds": True})
+    assert _rows_touched(session, text(str(compiled).replace(":", "\\:")), {}) < 50
 
 
 def make_copies(session: Session, job: Job, count: int) -> None:

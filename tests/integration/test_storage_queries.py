@@ -78,9 +78,10 @@ class TestJobs:
         assert job.id == done.id
 
     def test_a_job_is_found_by_its_key_and_by_its_batch(self, session: Session, make_job: MakeJob) -> None:
-        lines = [make_job(idempotency_key=f"batch_1 {number}").id for number in (1, 2)]
-        make_job(idempotency_key="batch_10")
-        other = make_job(idempotency_key="batchX1 3").id
+        lines = [make_job(idempotency_key=f"batch_1 {number}", priority=-20).id for number in (1, 2)]
+        make_job(idempotency_key="batch_10", priority=-20)
+        make_job(idempotency_key="batch_1 3")  # whose key a client has chosen
+        other = make_job(idempotency_key="batchX1 3", priority=-20).id
 
         def found(**filters: str) -> list[UUID]:
             return [job.id for job in job_queries.list_jobs(session, DEFAULT_TENANT_ID, **filters)]  # type: ignore[arg-type]
