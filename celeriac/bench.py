@@ -92,7 +92,7 @@ def requests_of(
     given = {name: value for name, value in shared.items() if value is not None}
     if prompts is None:
         return ({"messages": _message(random_text(length)), **given} for length in cycle(lengths))
-    lines = sys.stdin.read().splitlines() if str(prompts) == "-" else _lines_of(prompts)
+    lines = _lines_of(prompts)
     found = [given | _request(line, number) for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise click.ClickException(f"{prompts} has no requests; each line is a text or an object, in JSON")
@@ -106,8 +106,9 @@ def random_text(num_words: int) -> str:
 
 
 def _lines_of(path: Path) -> list[str]:
+    content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     try:
-        return path.read_text(encoding="utf-8-sig").split("\n")
+        return content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as exc:
         raise click.ClickException(f"{path} is not UTF-8: {exc.reason} at byte {exc.start}; convert it first") from exc
 

@@ -1,5 +1,6 @@
 """The `celeriac` command. Every command imports what it needs when it runs, so that `--help` answers at once."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -43,6 +44,7 @@ class MainCommands(Commands):
     )
 
     def invoke(self, ctx: click.Context) -> Any:
+        _never_fail_to_print()
         try:
             return super().invoke(ctx)
         except click.ClickException:
@@ -216,7 +218,8 @@ def flower(address: str, port: int | None) -> None:
 
 
 @main.command()
-def migrate() -> None:
+@json_option
+def migrate(as_json: bool) -> None:
     """Bring the database schema up to date.
 
     Also creates the API key in CELERIAC_BOOTSTRAP_API_KEY, if there is one; one that was disabled stays so. Safe to
@@ -226,13 +229,12 @@ def migrate() -> None:
     from storage.database import migrate as migrate_database
 
     migrate_database(settings.database_url, lambda line: click.echo(line, err=True))
-    click.echo("The schema is up to date.")
-    if settings.bootstrap_api_key is not None:
-        from celeriac.access_options import transaction, user_here
-        from storage.administration import ensure_key
-
-        with transaction(settings) as session:
-            is_valid = ensure_key(session, settings.bootstrap_api_key, name="bootstrap", actor=user_here())
+    if not as_json:
+        click.echo("The schema is up to date.")
+    is_valid = _ensure_bootstrap_key(settings)
+    if as_json:
+        print_json({"schema": "up to date", "bootstrap_key_is_valid": is_valid})
+    elif is_valid is not None:
         click.echo(
             "The bootstrap key is in place."
             if is_valid
@@ -282,6 +284,24 @@ main.add_command(completion)
 main.add_command(tenants)
 
 # Helpers
+
+
+def _ensure_bootstrap_key(settings: "Settings") -> bool | None:
+    """Whether it can be used; None if there is none."""
+    if settings.bootstrap_api_key is None:
+        return None
+    from celeriac.access_options import transaction, user_here
+    from storage.administration import ensure_key
+
+    with transaction(settings) as session:
+        return ensure_key(session, settings.bootstrap_api_key, name="bootstrap", actor=user_here())
+
+
+def _never_fail_to_print() -> None:
+    """In a locale other than UTF-8, what it lacks is printed as ?, instead of ending the command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _set(name: str, value: object) -> None:

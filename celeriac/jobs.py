@@ -1,5 +1,6 @@
 """`celeriac submit`, `watch`, `cancel`, `jobs` and `batch`. Each command imports what it needs when it runs."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +46,7 @@ def submit(prompt: str, mode: str, url: str | None, key: str | None, as_json: bo
     The job runs on its own: Ctrl-C or a lost connection ends the output, not the job. The exit code is 0 only for a
     completed job. With --json, each event is a line; with --wait or --detach, the job is.
     """
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = as_utf8(sys.stdin.read() if prompt == "-" else prompt)
     content = as_prompt(text, system=options.pop("system"), complete=options.pop("complete"))
     given = {name: value for name, value in options.items() if value not in (None, ())}
     with open_client(url, key) as client:
@@ -112,7 +113,9 @@ def jobs(status: str | None, model: str | None, limit: int, url: str | None, key
         print_json([job.raw for job in page])
         return
     if not page.jobs:
-        none = 'No jobs yet; run one: celeriac submit "Hello!"' if not status else f"No job is {status}."
+        none = 'No jobs yet; run one: celeriac submit "Hello!"'
+        if status or model:
+            none = f"No job{f' of {model}' if model else ''} is {status or 'here'}."
         click.echo(none, err=True)
         return
     show(jobs_table(page))
@@ -123,9 +126,29 @@ def batch() -> None:
     """Run files of requests. Batches use what is left over by requests that somebody waits for."""
 
 
+def _refuse_place(_ctx: click.Context, _param: click.Parameter, path: Path) -> Path:
+    """Before a batch is sent, and not when its results are there. Raises click.BadParameter."""
+    place = path.parent
+    if not place.is_dir():
+        raise click.BadParameter(f"there is no folder {str(place)!r}; create it, or give another path")
+    if not os.access(path if path.exists() else place, os.W_OK):
+        raise click.BadParameter(f"{str(path)!r} cannot be written; give another path")
+    return path
+
+
+output_option = click.option(
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_refuse_place,
+    help="Results go here.",
+)
+
+
 @batch.command(name="run")
 @click.argument("requests", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Results go here.")
+@output_option
 @click.option("--window", default="24h", show_default=True, help="Time for the whole batch, from 1h to 7d.")
 @click.option("--start-timeout", type=SECONDS, metavar="SECONDS", help="How long a line may wait, once it is a job.")
 @click.option("--run-timeout", type=SECONDS, metavar="SECONDS", help="How long a line may run.")
@@ -151,7 +174,7 @@ def run_batch(
 
 @batch.command(name="get")
 @click.argument("batch_id")
-@click.option("-o", "--output", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Results go here.")
+@output_option
 @connection_options
 @json_option
 def get_batch(batch_id: str, output: Path, url: str | None, key: str | None, as_json: bool) -> None:
@@ -161,6 +184,15 @@ def get_batch(batch_id: str, output: Path, url: str | None, key: str | None, as_
     with open_client(url, key) as client, BatchPrinter() as printer:
         done = client.batch_results(batch_id, output, on_progress=printer.show)
         _finish(printer, done, as_json=as_json)
+
+
+def as_utf8(text: str) -> str:
+    """What was read in another locale, as the UTF-8 that it is. Raises ClickException."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as exc:
+        remedy = "convert it, for instance with iconv -f latin1 -t utf-8"
+        raise click.ClickException(f"the prompt is not UTF-8 ({exc.reason} at byte {exc.start}); {remedy}") from exc
 
 
 def as_prompt(text: str, *, system: str | None, complete: bool) -> "Prompt":

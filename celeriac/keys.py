@@ -171,14 +171,18 @@ def rotate_key(key_id: str, keep_old_minutes: int | None, as_json: bool) -> None
 
 @keys.command("delete")
 @click.argument("key_id")
-def delete_key(key_id: str) -> None:
+@json_option
+def delete_key(key_id: str, as_json: bool) -> None:
     """Delete a key for good. Its jobs stay."""
     from local.lock import settings_here
     from storage import administration
 
     with transaction(settings_here()) as session:
         administration.delete_key(session, key_id, actor=user_here())
-    click.echo(f"Key {key_id} is deleted.")
+    if as_json:
+        print_json({"id": key_id, "object": "api_key", "deleted": True})
+    else:
+        click.echo(f"Key {key_id} is deleted.")
 
 
 def _change(key_id: str, as_json: bool, message: str, *, is_enabled: bool | None = None) -> None:

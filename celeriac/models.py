@@ -135,31 +135,38 @@ def list_pulls(url: str | None, key: str | None, as_json: bool) -> None:
 
 @models.command("check")
 @click.argument("names", nargs=-1)
-def check_models(names: tuple[str, ...]) -> None:
+@json_option
+def check_models(names: tuple[str, ...], as_json: bool) -> None:
     """Compare pulled models with the hashes in their manifests. Without NAMES, checks all of them."""
     from celeriac.terminal import PullPrinter, plain_console
 
-    has_problem = False
+    problems_by_name: dict[str, list[str]] = {}
     with _explained():
         store = _store()
         for name in names or [manifest.name for manifest in store.manifests()]:
             with PullPrinter(plain_console(stderr=True)) as printer:
-                problems = store.problems(name, printer)
-            has_problem = has_problem or bool(problems)
-            click.echo(f"{name}: {'; '.join(problems) or 'unchanged'}")
-    if has_problem:
+                problems_by_name[name] = list(store.problems(name, printer))
+            if not as_json:
+                click.echo(f"{name}: {'; '.join(problems_by_name[name]) or 'unchanged'}")
+    if as_json:
+        print_json([{"id": name, "problems": problems} for name, problems in problems_by_name.items()])
+    if any(problems_by_name.values()):
         raise click.ClickException("remove the broken models with `celeriac models remove NAME`, and pull them again")
 
 
 @models.command("remove")
 @click.argument("name")
-def remove_model(name: str) -> None:
+@json_option
+def remove_model(name: str, as_json: bool) -> None:
     """Delete a pulled model. Jobs that were already accepted still run while it has workers."""
     from celeriac.terminal import PullPrinter, plain_console
 
     with _explained(), PullPrinter(plain_console(stderr=True)) as printer:
         num_bytes = _store().remove(name, printer)
-    click.echo(f"{name} is removed, which frees {num_bytes / 1e6:,.0f} MB.")
+    if as_json:
+        print_json({"id": name, "deleted": True, "bytes": num_bytes})
+    else:
+        click.echo(f"{name} is removed, which frees {num_bytes / 1e6:,.0f} MB.")
 
 
 def _as_json(

@@ -1,6 +1,7 @@
 """What commands share: --url and --key for the API that they talk to, and --json for the output of programs."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,8 +51,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, 
 
 
 def print_json(value: Any) -> None:
-    """One line of JSON on standard output."""
-    click.echo(json.dumps(value, ensure_ascii=False, default=str))
+    """One line of JSON on standard output, which takes every character in UTF-8 only."""
+    is_utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    click.echo(json.dumps(value, ensure_ascii=not is_utf8, default=str))
 
 
 def open_client(url: str | None, key: str | None) -> "Client":

@@ -132,14 +132,18 @@ def enable_tenant(name: str, as_json: bool) -> None:
 
 @tenants.command("delete")
 @click.argument("name")
-def delete_tenant(name: str) -> None:
+@json_option
+def delete_tenant(name: str, as_json: bool) -> None:
     """Delete the tenant NAME with its keys, files and webhooks; refused while it has jobs."""
     from local.lock import settings_here
     from storage import administration
 
     with transaction(settings_here()) as session:
         administration.delete_tenant(session, name, actor=user_here())
-    click.echo(f"Tenant {name} is deleted.")
+    if as_json:
+        print_json({"id": name, "object": "tenant", "deleted": True})
+    else:
+        click.echo(f"Tenant {name} is deleted.")
 
 
 @tenants.command("erase")

@@ -344,6 +344,10 @@ def explain(exc: Exception) -> str | None:
     """The message of an expected error in one line; None if the error is a bug."""
     if isinstance(exc, ClientError):
         return str(exc)
+    if isinstance(exc, UnicodeEncodeError) and exc.reason == "surrogates not allowed":
+        return "an argument is not UTF-8; convert it, or use a UTF-8 locale such as LC_ALL=C.UTF-8"
+    if isinstance(exc, OSError) and exc.filename is not None and exc.strerror:
+        return f"{exc.filename}: {exc.strerror}"
     with suppress(ModuleNotFoundError):  # where only the client is installed, there are no others
         return _explain_server_error(exc)
     return None

@@ -28,6 +28,7 @@ from celeriac.client.protocol import (
     job_fields,
     keys_of_a_run,
     new_idempotency_key,
+    segment,
     timeout_of_wait,
     unreachable,
     upload,
@@ -92,7 +93,7 @@ class AsyncClient:
         params: dict[str, Any] = {"wait": wait_seconds} if wait_seconds else {}
         params |= {"include": ",".join(include)} if include else {}
         options = {"params": params, "timeout": timeout_of_wait(wait_seconds)}
-        return JobSnapshot.of(await self._ask("GET", f"/v1/jobs/{job_id}", **options))
+        return JobSnapshot.of(await self._ask("GET", f"/v1/jobs/{segment(job_id)}", **options))
 
     async def wait(
         self,
@@ -147,11 +148,11 @@ class AsyncClient:
 
     async def cancel(self, job_id: str) -> JobSnapshot:
         """Ask for the job's end; the text it has produced is kept. A job that has ended is returned unchanged."""
-        return JobSnapshot.of(await self._ask("POST", f"/v1/jobs/{job_id}/cancel"))
+        return JobSnapshot.of(await self._ask("POST", f"/v1/jobs/{segment(job_id)}/cancel"))
 
     async def delete(self, job_id: str) -> None:
         """Erase the job with its input, output and stream. A running job is stopped."""
-        await self._ask("DELETE", f"/v1/jobs/{job_id}")
+        await self._ask("DELETE", f"/v1/jobs/{segment(job_id)}")
 
     # Many jobs
 
@@ -168,7 +169,7 @@ class AsyncClient:
     async def replay(self, job_id: str, *, allow_poison: bool = False) -> JobSnapshot:
         """Submit the request of a failed job as a new job, which is returned; repeating it returns the same one."""
         body = {"allow_poison": allow_poison}
-        return JobSnapshot.of(await self._ask("POST", f"/v1/dead_letters/{job_id}/replay", json=body))
+        return JobSnapshot.of(await self._ask("POST", f"/v1/dead_letters/{segment(job_id)}/replay", json=body))
 
     async def map(
         self,
@@ -230,7 +231,7 @@ class AsyncClient:
         patience = Patience(self._patience_seconds)
         while True:
             try:
-                batch = BatchSnapshot.of(await self._ask("GET", f"/v1/batches/{batch_id}"))
+                batch = BatchSnapshot.of(await self._ask("GET", f"/v1/batches/{segment(batch_id)}"))
                 patience.succeeded()
             except ClientError as exc:
                 await asyncio.sleep(patience.delay_after(exc))
@@ -242,7 +243,7 @@ class AsyncClient:
             await asyncio.sleep(BATCH_POLL_SECONDS)
         with results.open("wb") as file:
             for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
-                async with self._http.stream("GET", f"/v1/files/{file_id}/content") as response:
+                async with self._http.stream("GET", f"/v1/files/{segment(file_id)}/content") as response:
                     if response.is_error:
                         await response.aread()
                         raise error_of(response)

@@ -35,13 +35,13 @@ class ApiError(ClientError):
 
     def __init__(self, status_code: int, body: Any, *, retry_after_seconds: float | None = None) -> None:
         error = body.get("error") if isinstance(body, dict) else None
-        error = error if isinstance(error, dict) else {}
+        error = error if isinstance(error, dict) else {"message": _not_ours(status_code)}
         self.status_code = status_code
         self.code = str(error.get("code") or status_code)
         self.param = error.get("param")
         self.retry_after_seconds = retry_after_seconds  # as the API asks for; None if it does not
         field = f" ({self.param})" if self.param else ""
-        super().__init__(f"{error.get('message') or 'the API answered ' + str(status_code)}{field} [{self.code}]")
+        super().__init__(f"{error.get('message') or _not_ours(status_code)}{field} [{self.code}]")
 
     @property
     def is_passing(self) -> bool:
@@ -79,6 +79,10 @@ def not_refused(batch: BatchSnapshot) -> BatchSnapshot:
         first = errors[0]
         raise ClientError(f"{batch.id} was refused: line {first.get('line')}: {first.get('message')}")
     return batch
+
+
+def _not_ours(status_code: int) -> str:
+    return f"{status_code}, but not in the way of this API: a proxy or another server answers there; check the URL"
 
 
 def _seconds(text: str | None) -> float | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
@@ -77,12 +78,23 @@ def url_of_api(url: str | None) -> str:
     url = url or os.environ.get("CELERIAC_API_URL")
     if not url:
         raise ClientError("no API is named; pass its url, for instance http://127.0.0.1:8000, or set CELERIAC_API_URL")
+    if not url.startswith(("http://", "https://")):  # it may hold a password, so it is not repeated
+        raise ClientError("the URL of the API must begin with http:// or https://, as in http://127.0.0.1:8000")
     return url.rstrip("/")
 
 
+def segment(id_: str) -> str:
+    """An id as a part of a path, whatever it contains. Raises ClientError if it is empty."""
+    if not id_:
+        raise ClientError("the id is empty; list the jobs for theirs")
+    return quote(id_, safe="")
+
+
 def http_options(url: str, key: str | None) -> dict[str, Any]:
-    """Arguments of httpx's clients."""
-    key = key or os.environ.get("CELERIAC_API_KEY")
+    """Arguments of httpx's clients. Raises ClientError."""
+    key = (key or os.environ.get("CELERIAC_API_KEY") or "").strip()
+    if not (key.isascii() and key.isprintable()):  # httpx would repeat it in its error
+        raise ClientError("the API key has characters that no key has; check --key, or CELERIAC_API_KEY")
     return {
         "base_url": url,
         "headers": {"authorization": f"Bearer {key}"} if key else {},
@@ -150,7 +162,7 @@ class Resumption:
 
     @property
     def path(self) -> str:
-        return f"/v1/jobs/{self.job_id}/events"
+        return f"/v1/jobs/{segment(self.job_id)}/events"
 
     @property
     def params(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
@@ -220,11 +221,51 @@ def test_doctor_finds_a_running_system_well(run: Any) -> None:
     assert "-> " not in run("doctor").stdout.partition("API:")[2]
 
 
-@pytest.mark.parametrize("command", ["models", "engines", "env"])
-def test_what_is_here_is_told_to_programs(run: Any, command: str) -> None:
-    arguments = ("models", "list", "--json") if command == "models" else (command, "--json")
-    [told] = lines_of(run(*arguments))
-    assert told
+def leaves(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Every command that does something."""
+    if not isinstance(command, click.Group) or command.invoke_without_command:
+        yield path
+    if isinstance(command, click.Group):
+        for name, below in command.commands.items():
+            yield from leaves(below, (*path, name))
+
+
+#: They run until they are stopped and log, or what they print is for a shell or another program's.
+WITHOUT_JSON = {"up", "api", "worker", "maintenance", "flower", "completion", "engines install"}
+#: What is run, in this order; {} was printed before.
+JSON_COMMANDS = """
+env | migrate | doctor | queue | workers | top --once | usage | jobs | models | models list | models pulls
+models check | models remove nope | models pull nope | engines
+submit --max-tokens 2 Hello! | watch {id} | cancel {id} | bench --jobs 1 --max-tokens 2
+dead-letters list | dead-letters show {id} | dead-letters retry nope | dead-letters delete nope
+batch run {file} -o {file}.out | batch get nope -o {file}.out
+tenants create told | tenants list | tenants show told | tenants limit told --streams 5 | tenants disable told
+tenants enable told | tenants erase told --metadata user=x --yes | tenants audit
+keys create --tenant told | keys list | keys show {key} | keys limit {key} --streams 3 | keys disable {key}
+keys enable {key} | keys rotate {key} | keys delete {key} | tenants delete told
+"""
+REFUSED = ("models remove", "models pull", "dead-letters retry", "dead-letters delete", "batch get")
+
+
+def test_every_command_prints_nothing_but_json_for_programs(run: Any, tmp_path: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    body = {"model": MODEL, "prompt": "Hi", "max_tokens": 2}
+    file.write_text(json.dumps({"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": body}) + "\n")
+    seen, tried = {"file": str(file)}, set()
+    for line in JSON_COMMANDS.replace("\n", " | ").split(" | "):
+        if not (words := line.format(**seen).split()):
+            continue
+        outcome = run(*words, "--json")
+        told = lines_of(outcome)
+        command = next(" ".join(words[:number]) for number in (2, 1) if tuple(words[:number]) in set(leaves(main)))
+        tried.add(command)
+        assert told or command in REFUSED, (line, outcome.output)
+        assert outcome.exit_code == (1 if command in REFUSED else 0) or command == "doctor", (line, outcome.output)
+        if command == "submit":
+            seen["id"] = told[-1]["data"]["id"]
+        if command == "keys create":
+            seen["key"] = told[0]["id"]
+    assert tried | WITHOUT_JSON == {" ".join(path) for path in leaves(main)}
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

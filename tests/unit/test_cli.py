@@ -24,6 +24,7 @@ from celeriac.terminal import explain
 from domain.errors import ModelNotFound
 from local.lock import AlreadyUp, UpLock
 from settings import Settings, get_settings
+from tests.webhook_receiver import receiving
 
 ROOT = Path(cli.__file__).parents[1]
 
@@ -267,6 +268,46 @@ def test_flower_stays_on_this_machine_unless_it_asks_for_a_password(run: Any) ->
     result = run("flower", "--address", "0.0.0.0")
     assert result.exit_code == 2
     assert "FLOWER_BASIC_AUTH" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["submit", "a\udcff"], "the prompt is not UTF-8 (invalid start byte at byte 1)"),
+        (["submit", "--model", "a\udcff", "Hello!"], "an argument is not UTF-8"),
+        (["jobs", "--key", "s3cret\nx"], "the API key has characters that no key has"),
+        (["jobs", "--key", "s3cretä"], "the API key has characters that no key has"),
+        (["jobs", "--url", "s3cret@host"], "must begin with http:// or https://"),
+        (["watch", ""], "the id is empty"),
+        (["batch", "run", __file__, "-o", "/none/out"], "there is no folder '/none'; create it"),
+        (["bench", "--jobs", "1", "--duration", "1"], "both say when to end"),
+        (["bench", "--prompts", __file__], "line 1 of --prompts is no JSON"),
+    ],
+)
+def test_arguments_that_cannot_be_are_named_before_anything_is_sent(run: Any, arguments: list[str], says: str) -> None:
+    given = [] if "--url" in arguments else ["--url", "http://127.0.0.1:9"]
+    result = run(*arguments, *given)
+    assert result.exit_code in (1, 2)
+    assert says in result.output
+    assert "s3cret" not in result.output
+
+
+def test_another_server_at_the_url_is_told_from_the_api(run: Any) -> None:
+    with receiving() as other:
+        other.answer = lambda received: 404
+        result = run("submit", "Hello!", "--url", f"http://127.0.0.1:{other.port}")
+    assert result.exit_code == 1
+    assert "404, but not in the way of this API" in result.output
+
+
+def test_what_a_locale_lacks_does_not_end_a_command(tmp_path: Path) -> None:
+    for encoding in ("ascii", "latin-1"):
+        environment = os.environ | {"PYTHONIOENCODING": encoding, "CELERIAC_DATA_DIR": str(tmp_path)}
+        code = "from celeriac.options import print_json; from celeriac import cli; cli._never_fail_to_print(); "
+        code += "print_json({'text': 'Größe 日本'}); print('日本')"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+        told, printed = done.stdout.decode(encoding).splitlines()
+        assert (json.loads(told), printed) == ({"text": "Größe 日本"}, "??")
 
 
 def test_an_empty_prompt_is_refused_before_it_travels(run: Any) -> None:
