@@ -61,19 +61,29 @@ class ChannelListener:
         self._connection: AbstractConnection | None = None
         self._num_heard = 0  # messages and answers, ever
         self._sending = asyncio.Lock()
+        self._subscribing: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references
 
     async def add(self, job_id: UUID) -> None:
         """Subscribe to a job's channel. Returns when Redis has confirmed it, or without that if Redis is down or
         slow."""
-        subscribed = self._subscribed.setdefault(job_id, asyncio.Event())
-        await self._send("SUBSCRIBE", job_id)
-        if self._connection is None:
+        subscribed = self._subscribed.get(job_id)
+        if subscribed is None:
+            subscribed = self._subscribed[job_id] = asyncio.Event()
+            await self._subscribe(job_id)
+        if self._connection is None or subscribed.is_set():
             return
         try:
             async with asyncio.timeout(SUBSCRIBE_SECONDS):
                 await subscribed.wait()
         except TimeoutError:
             log.debug("no answer to SUBSCRIBE yet", extra={"job_id": str(job_id)})
+
+    async def _subscribe(self, job_id: UUID) -> None:
+        """Once for all streams of a job: it is sent even if the first of them leaves meanwhile."""
+        task = asyncio.create_task(self._send("SUBSCRIBE", job_id))
+        self._subscribing.add(task)
+        task.add_done_callback(self._subscribing.discard)
+        await asyncio.shield(task)
 
     async def remove(self, job_id: UUID) -> None:
         self._subscribed.pop(job_id, None)
@@ -99,12 +109,13 @@ class ChannelListener:
         connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
         try:
             await connection.connect()  # type: ignore[no-untyped-call]
-            if self._subscribed:
-                await connection.send_command("SUBSCRIBE", *map(channel_of, self._subscribed))
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        self._connection = connection
+        self._connection = connection  # first: what is added from now on is subscribed to by itself
+        async with self._sending:
+            if self._subscribed:
+                await connection.send_command("SUBSCRIBE", *map(channel_of, self._subscribed))
 
     async def _disconnect(self) -> None:
         connection, self._connection = self._connection, None

@@ -26,16 +26,14 @@ from uuid import UUID
 
 import redis
 from pydantic import BaseModel, ConfigDict, ValidationError
-from sqlalchemy.exc import DBAPIError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus
 from domain.requests import TokenChunk
-from domain.shares import SharedTurns, current_tenant
 from storage.database import within
-from storage.job_queries import CHUNKS_PER_READ, StreamState, read_log, stream_states
+from storage.job_queries import StreamState, stream_states
+from storage.log_reads import READ_FAILURES, READ_SECONDS, LogPage, LogReads
 from storage.stream_channels import ChannelListener, channel_of
 
 log = logging.getLogger(__name__)
@@ -44,13 +42,7 @@ MAX_LIVE_CHUNKS = 256  # per stream; a consumer that falls further behind catche
 
 SILENCE_SECONDS = 1.0
 
-MAX_READS = 6  # of the log at a time, over all streams
-
-MAX_WAITING = 2**17  # more than there can be streams
-
 STORAGE_RETRY_SECONDS = 0.5  # before a database that did not answer is asked again
-
-READ_SECONDS = 2.0  # then try another connection; the kernel takes ten seconds to notice a silently dead one
 
 Event = TokenChunk | JobStatus
 
@@ -142,7 +134,7 @@ class StreamReader:
     ) -> None:
         """`is_shared`: there may be several tenants, who take turns at reading the log."""
         self._sessions = sessions
-        self._turns = SharedTurns(MAX_READS, max_waiting=MAX_WAITING, what="streams wait", is_shared=is_shared)
+        self._log = LogReads(sessions, is_shared=is_shared)
         self._silence_seconds = silence_seconds
         self._streams: dict[UUID, list[_Stream]] = {}
         self._listener = ChannelListener(redis_url, on_message=self._on_message, on_gap=self._on_gap)
@@ -155,7 +147,7 @@ class StreamReader:
     async def __aexit__(self, *exc_info: object) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, self._log.aclose(), return_exceptions=True)
 
     @property
     def num_streams(self) -> int:
@@ -204,28 +196,16 @@ class StreamReader:
                 stream.news.clear()
                 await stream.news.wait()
 
-    async def _read_log(self, stream: _Stream) -> tuple[StreamState | None, Sequence[TokenChunk]]:
-        """The state and the next chunks from one snapshot, so that a terminal state comes with all its chunks. Retries
-        while the database is down."""
+    async def _read_log(self, stream: _Stream) -> LogPage:
+        """Retries while the database is down."""
         while True:
             try:
-                state, chunks = await self._read_log_in_turn(stream)
-            except (DBAPIError, PoolTimeout, TimeoutError) as exc:
-                log.warning("stream is waiting for the database: %s", exc.__class__.__name__)
+                page = await self._log.read(stream.job_id, after=stream.last)
+            except READ_FAILURES:
                 await asyncio.sleep(STORAGE_RETRY_SECONDS)
                 continue
-            stream.is_behind |= len(chunks) == CHUNKS_PER_READ
-            return state, chunks
-
-    async def _read_log_in_turn(self, stream: _Stream) -> tuple[StreamState | None, Sequence[TokenChunk]]:
-        """A tenant may have thousands of streams that all have something to read."""
-        tenant_id = current_tenant.get()
-        await self._turns.take(tenant_id)
-        try:
-            reading = self._run(read_log, stream.job_id, after=stream.last, limit=CHUNKS_PER_READ)
-            return await within(READ_SECONDS, reading)
-        finally:
-            self._turns.leave(tenant_id)
+            stream.is_behind |= page.is_full
+            return page
 
     async def _run(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         async with self._sessions() as session:
@@ -269,7 +249,7 @@ class StreamReader:
             try:
                 job_ids = list({stream.job_id for stream in silent})
                 states = await within(READ_SECONDS, self._run(stream_states, job_ids))
-            except (DBAPIError, PoolTimeout, TimeoutError) as exc:
+            except READ_FAILURES as exc:
                 log.warning("silent streams could not be checked: %s", exc.__class__.__name__)
                 continue
             for stream in silent:

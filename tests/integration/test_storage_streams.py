@@ -12,6 +12,7 @@ from uuid import uuid4
 import pytest
 import redis
 from sqlalchemy import make_url, text
+from sqlalchemy.event import listen
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -285,6 +286,28 @@ async def test_one_connection_and_one_query_serve_many_streams(
         await wait_until_async(lambda: all(numbers(received) == [1, 2, 3, 4, 5] for received in followed))
         for job in running:
             job.complete()
+
+
+async def test_streams_that_begin_together_share_what_they_read(
+    reader: StreamReader, start_job: Callable[[], RunningJob], async_sessions: async_sessionmaker[AsyncSession]
+) -> None:
+    reads: list[str] = []
+    listen(
+        async_sessions.kw["bind"].sync_engine,
+        "before_cursor_execute",
+        lambda _, cursor, statement, *rest: reads.append(statement),
+    )
+    job = start_job()
+    job.commit(700)  # two pages
+    async with AsyncExitStack() as stack:
+        positions = [*range(0, 100), *range(600, 700)]
+        opening = [stack.enter_async_context(following(reader, job, starting_after=after)) for after in positions]
+        followed = await asyncio.gather(*opening)
+        job.complete()
+        await wait_until_async(lambda: all(statuses(received)[-1] is JobStatus.COMPLETED for received in followed))
+    for after, received in zip(positions, followed, strict=True):
+        assert numbers(received) == list(range(after + 1, 701))
+    assert len(reads) < 30, "two hundred streams read the log by themselves"
 
 
 async def test_streams_survive_the_death_of_redis(

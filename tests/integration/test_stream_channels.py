@@ -10,7 +10,7 @@ import uvloop
 from redis.asyncio.connection import Connection
 
 from storage.stream_channels import ChannelListener, channel_of
-from tests.waiting import SECONDS
+from tests.waiting import SECONDS, wait_until_async
 
 
 def test_a_connection_that_was_cut_and_not_noticed_yet_is_replaced(redis_url: str) -> None:
@@ -51,5 +51,28 @@ async def _lose_the_connection(redis_url: str, lose: Callable[[Connection], None
         while not heard.is_set():
             await client.publish(channel_of(job_id), b"news")
             await asyncio.sleep(0.01)
+    listening.cancel()
+    await asyncio.gather(listening, return_exceptions=True)
+
+
+async def test_a_channel_is_subscribed_to_once_for_all_streams_of_its_job(redis_url: str) -> None:
+    job_id, num_subscribed, heard = uuid4(), 0, asyncio.Event()
+
+    def count(_: object) -> None:
+        nonlocal num_subscribed
+        num_subscribed += 1
+
+    listener = ChannelListener(redis_url, on_message=lambda *_: heard.set(), on_gap=count)
+    listening = asyncio.create_task(listener.run())
+    async with asyncio.timeout(SECONDS), redis.asyncio.Redis.from_url(redis_url) as client:
+        await wait_until_async(lambda: listener._connection)
+        first = asyncio.create_task(listener.add(job_id))
+        await asyncio.sleep(0)
+        first.cancel()  # the others rely on what it has begun
+        await asyncio.gather(*(listener.add(job_id) for _ in range(50)))
+        while not heard.is_set():
+            await client.publish(channel_of(job_id), b"news")
+            await asyncio.sleep(0.01)
+    assert num_subscribed == 1
     listening.cancel()
     await asyncio.gather(listening, return_exceptions=True)
