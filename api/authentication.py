@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from api.errors import database_unavailable
+from api.signals import Signal
 from domain.access import Scope, opened_by
 from domain.errors import AuthenticationFailed, StorageUnavailable
 from domain.jobs import parse_id
@@ -51,7 +52,7 @@ class Credential(NamedTuple):
     """A request's key or stream token."""
 
     identify: Callable[[], Coroutine[Any, Any, Identity]]
-    wait_until_revoked: Callable[[], Coroutine[Any, Any, None]]
+    revocation: Callable[[], Signal]  # set once it is revoked or expires
 
 
 @dataclass(slots=True)
@@ -59,8 +60,7 @@ class Watch:
     """Of a key or token that has streams open."""
 
     look_up: Callable[[], Awaitable[object | None]]  # None once it is not valid any more
-    revoked: asyncio.Event = field(default_factory=asyncio.Event)
-    num_waiting: int = 0
+    revoked: Signal = field(default_factory=Signal)
 
 
 class Authenticator:
@@ -75,6 +75,7 @@ class Authenticator:
         self._looking_up: dict[bytes, asyncio.Task[Identity | None]] = {}
         self._places_of_known, self._places_of_others = asyncio.Semaphore(MAX_LOOK_UPS), asyncio.Semaphore(MAX_LOOK_UPS)
         self._watched: dict[str, Watch] = {}  # by key or token
+        self._never = Signal()
         self._watching: asyncio.Task[None] | None = None
         self._open_limits = CallerLimits()  # of the default tenant, where no key is required
         self._open_until = 0.0  # monotonic; 0: they have not been looked up yet
@@ -144,36 +145,33 @@ class Authenticator:
             )
         return identity
 
-    async def wait_until_revoked(self, authorization: str | None) -> None:
-        """Returns once the key of an authenticated request is revoked or expires; never if no key is required. While
-        the database does not answer, a key counts as valid."""
+    def revocation_of(self, authorization: str | None) -> Signal:
+        """Is set once the key of an authenticated request is revoked or expires; never if no key is required. While the
+        database does not answer, a key counts as valid."""
         if self._is_open:
-            await asyncio.Event().wait()
+            return self._never
         key = _bearer_key(authorization)
-        await self._wait_until_invalid(key, partial(self._look_up_again, key))
+        return self._watched_for(key, partial(self._look_up_again, key))
 
-    async def wait_until_expired(self, token: str, job_id: str) -> None:
-        """Returns once a valid stream token expires, or the key that it was made with is revoked."""
-        await self._wait_until_invalid(token, partial(self._look_up_token, self._places_of_known, token, job_id))
+    def expiry_of(self, token: str, job_id: str) -> Signal:
+        """Is set once a valid stream token expires, or the key that it was made with is revoked."""
+        return self._watched_for(token, partial(self._look_up_token, self._places_of_known, token, job_id))
 
-    async def _wait_until_invalid(self, credential: str, look_up: Callable[[], Awaitable[object | None]]) -> None:
+    def _watched_for(self, credential: str, look_up: Callable[[], Awaitable[object | None]]) -> Signal:
         watch = self._watched.setdefault(credential, Watch(look_up))
-        watch.num_waiting += 1
         if self._watching is None or self._watching.done():
             self._watching = asyncio.create_task(self._watch())
-        try:
-            await watch.revoked.wait()
-        finally:
-            watch.num_waiting -= 1
-            if not watch.num_waiting:
-                del self._watched[credential]
+        return watch.revoked
 
     async def _watch(self) -> None:
         """One query per key or token and round, however many streams it has open. Ends when no stream is open any
         more."""
         while self._watched:
             await asyncio.sleep(RECHECK_SECONDS)
-            for watch in list(self._watched.values()):
+            for credential, watch in list(self._watched.items()):
+                if not watch.revoked.is_awaited:
+                    del self._watched[credential]
+                    continue
                 try:
                     found = await watch.look_up()
                 except StorageUnavailable:

@@ -34,6 +34,7 @@ from api.reasons import installation_reasons
 from api.routes import DirectRoute, Handler
 from api.scopes import scope_of
 from api.shared_frames import SharedFrames
+from api.signals import Signal
 from dialects.native import QueueView
 from domain.access import Scope
 from domain.catalog import Catalog
@@ -98,7 +99,7 @@ class Services:
     large_bodies: RequestPlaces
     read_turns: SharedTurns
     write_turns: SharedTurns
-    draining: asyncio.Event  # set on SIGTERM: no longer ready, and streams end
+    draining: Signal  # set on SIGTERM: no longer ready, and streams end
     frames: SharedFrames = field(default_factory=SharedFrames)
     background: set["asyncio.Task[None]"] = field(default_factory=set)  # the tasks of `spawn` that are not done
     delivered: list[UUID] = field(default_factory=list)  # jobs for `note_delivered`, while others are being written
@@ -270,7 +271,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         stack.push_async_callback(authenticator.aclose)
         is_shared = settings.auth != "none"
         streams = StreamReader(settings.redis_url, pools.system_statements, is_shared=is_shared)
-        draining = asyncio.Event()
+        draining = Signal()
         others = partial(installation_reasons, monitor, catalog, draining)
         examiner = await stack.enter_async_context(open_examiner(settings, client, others))
         large_work = LargeWork()
@@ -394,7 +395,7 @@ class StreamRoute(PrivateRoute):
         authenticator = services_of(request).authenticator
         return Credential(
             partial(authenticator.identify_reader, token, job_id),
-            partial(authenticator.wait_until_expired, token, job_id),
+            partial(authenticator.expiry_of, token, job_id),
         )
 
 
@@ -414,14 +415,14 @@ async def authenticate(connection: HTTPConnection, credential: Credential, scope
     key_id_context.set(state.key_id)
     is_limited_context.set(identity.limits.is_limited)
     stream_limits_context.set((identity.key_id, identity.limits))
-    state.until_revoked = credential.wait_until_revoked
+    state.revocation = credential.revocation
     current_tenant.set(state.tenant_id)
 
 
 def credential_in_headers(services: Services, connection: HTTPConnection) -> Credential:
     authorization, authenticator = _authorization_of(connection), services.authenticator
     return Credential(
-        partial(authenticator.identify, authorization), partial(authenticator.wait_until_revoked, authorization)
+        partial(authenticator.identify, authorization), partial(authenticator.revocation_of, authorization)
     )
 
 

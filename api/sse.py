@@ -11,6 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from api.limits import StreamPlaces
+from api.signals import Signal
 from metrics import stream_ends_total
 
 #: The reasons for the end of a stream whose reader will not fetch the rest of it.
@@ -61,7 +62,7 @@ class EventStream(Response):
         heartbeat_seconds: float,
         lifetime_seconds: float,
         slots: StreamPlaces,
-        draining: asyncio.Event,
+        draining: Signal,
         headers: Mapping[str, str] | None = None,
         early_end_frame: bytes = b"",
         heartbeat: bytes = HEARTBEAT,
@@ -84,46 +85,39 @@ class EventStream(Response):
         self._early_end_frame = early_end_frame
         self._heartbeat = heartbeat
         self._on_end = on_end
-        self._unserved = unserved or _never
+        self._unserved = unserved
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.create_task(wait_for_disconnect(receive))
-        drained = asyncio.create_task(self._draining.wait())
-        revoked = asyncio.create_task(wait_for_revocation(scope))
-        unserved = asyncio.ensure_future(self._unserved())
-        reasons: dict[asyncio.Future[Any], str] = {
-            gone: "disconnected",
-            drained: "draining",
-            revoked: "revoked",
-            unserved: "unserved",
-        }
+        ends = _Ends(receive, self._unserved)
+        revocation = revocation_of(scope)
+        self._draining.call(ends.drain)
+        revocation.call(ends.revoke)
         try:
             with self._slots.hold():
                 await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-                reason = await self._send_frames(send, reasons)
+                reason = await self._send_frames(send, ends)
             stream_ends_total.labels(reason).inc()
             if reason not in ("disconnected", "slow"):
-                body = (
-                    b""
-                    if reason == "complete"
-                    else unserved.result()
-                    if reason == "unserved"
-                    else self._early_end_frame
-                )
                 try:
                     async with asyncio.timeout(SEND_TIMEOUT_SECONDS):
+                        body = self._last_frame(reason, ends)
                         await send({"type": "http.response.body", "body": body, "more_body": False})
                 except TimeoutError:
                     reason = "slow"
             self._on_end(reason)
         finally:
-            for end in reasons:
-                end.cancel()
+            self._draining.forget(ends.drain)
+            revocation.forget(ends.revoke)
+            ends.cancel()
             await self._frames.aclose()
 
-    async def _send_frames(self, send: Send, reason_by_end: Mapping["asyncio.Future[Any]", str]) -> str:
-        """Returns why the stream ended: the reason of the first future in `reason_by_end` that is done, or else
-        complete, lifetime or slow."""
+    def _last_frame(self, reason: str, ends: "_Ends") -> bytes:
+        if reason == "complete":
+            return b""
+        return ends.unserved_frame if reason == "unserved" else self._early_end_frame
+
+    async def _send_frames(self, send: Send, ends: "_Ends") -> str:
+        """Returns why the stream ended: what `ends` says, or else complete, lifetime or slow."""
         ends_at = time.monotonic() + self._lifetime_seconds
         sender = _Sender(send)
         # One task sends all frames: to wait for each of them beside all possible ends cost more than anything else.
@@ -135,11 +129,10 @@ class EventStream(Response):
                     0.0, min(patience, self._heartbeat_seconds, SEND_TIMEOUT_SECONDS, ends_at - time.monotonic())
                 )
                 done, _ = await asyncio.wait(
-                    (sending, *reason_by_end), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
+                    (sending, *ends.futures), timeout=timeout, return_when=asyncio.FIRST_COMPLETED
                 )
-                for end, reason in reason_by_end.items():
-                    if end in done:
-                        return reason
+                if (reason := ends.reason) is not None:
+                    return reason
                 if sending in done:
                     sending.result()
                     return "complete"
@@ -155,6 +148,44 @@ class EventStream(Response):
         finally:
             sending.cancel()  # even if it has just finished: its exception must be retrieved
             await asyncio.gather(sending, return_exceptions=True)
+
+
+class _Ends:
+    """What may end a stream early."""
+
+    def __init__(self, receive: Receive, unserved: Callable[[], Awaitable[bytes]] | None) -> None:
+        self._gone = asyncio.create_task(wait_for_disconnect(receive))
+        self._told: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._unserved = None if unserved is None else asyncio.ensure_future(unserved())
+        told: tuple[asyncio.Future[Any], ...] = (self._gone, self._told)
+        self.futures = told if self._unserved is None else (*told, self._unserved)
+
+    def drain(self) -> None:
+        self._tell("draining")
+
+    def revoke(self) -> None:
+        self._tell("revoked")
+
+    def _tell(self, reason: str) -> None:
+        if not self._told.done():
+            self._told.set_result(reason)
+
+    @property
+    def reason(self) -> str | None:
+        if self._gone.done():
+            return "disconnected"
+        if self._told.done():
+            return self._told.result()
+        return "unserved" if self._unserved is not None and self._unserved.done() else None
+
+    @property
+    def unserved_frame(self) -> bytes:
+        assert self._unserved is not None
+        return self._unserved.result()
+
+    def cancel(self) -> None:
+        for future in self.futures:
+            future.cancel()
 
 
 class _Sender:
@@ -187,15 +218,20 @@ class _Sender:
         return math.inf if self._is_sending else self._sent_at + silence_seconds - time.monotonic()
 
 
-async def _never() -> bytes:
-    await asyncio.Event().wait()
-    raise AssertionError("the event is never set")
-
-
 async def wait_for_revocation(scope: Scope) -> None:
-    """Returns once the key of the request is revoked. `scope` is that of a private route, which sets
-    `until_revoked`."""
-    await scope["state"]["until_revoked"]()
+    """Returns once the key of the request is revoked. `scope` is that of a private route."""
+    revoked, signal = asyncio.Event(), revocation_of(scope)
+    signal.call(revoked.set)
+    try:
+        await revoked.wait()
+    finally:
+        signal.forget(revoked.set)
+
+
+def revocation_of(scope: Scope) -> Signal:
+    """Is set once the key of the request is revoked. Private routes set what is called here."""
+    signal: Signal = scope["state"]["revocation"]()
+    return signal
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

@@ -16,7 +16,6 @@ nothing arrives, and the reader notices the silence.
 import asyncio
 import logging
 import math
-from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -95,10 +94,10 @@ class _Stream:
     job_id: UUID
     last: int  # the last sequence number emitted
     stage: tuple[int, int] = (0, 1)  # the last (attempt, stage within it) emitted; see _stage
-    live: deque[TokenChunk] = field(default_factory=deque)
+    live: list[TokenChunk] = field(default_factory=list)  # mostly empty, for which a deque keeps half a kilobyte
     is_behind: bool = True  # whether SQL may have something that the live queue does not have
     heard_at: float = field(default_factory=monotonic)
-    news: asyncio.Event = field(default_factory=asyncio.Event)
+    news: asyncio.Future[None] | None = None  # while the consumer waits for some
 
     def offer(self, chunk: TokenChunk) -> None:
         if chunk.sequence_number <= self.last:
@@ -108,13 +107,24 @@ class _Stream:
             self.live.clear()
             self.is_behind = True
         self.heard_at = monotonic()
-        self.news.set()
+        self._tell()
 
     def look(self) -> None:
         """Make the stream read SQL."""
         self.is_behind = True
         self.heard_at = monotonic()
-        self.news.set()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.news is not None and not self.news.done():
+            self.news.set_result(None)
+
+    async def wait_for_news(self) -> None:
+        self.news = asyncio.get_running_loop().create_future()
+        try:
+            await self.news
+        finally:
+            self.news = None
 
     def knows(self, state: StreamState) -> bool:
         return state.committed_sequence_number <= self.last and _stage(state) <= self.stage
@@ -186,15 +196,14 @@ class StreamReader:
                 if state is None or (state.status.is_terminal and stream.knows(state)):
                     return
             while stream.live and not stream.is_behind:
-                chunk = stream.live.popleft()
+                chunk = stream.live.pop(0)
                 if chunk.sequence_number == stream.last + 1:
                     stream.last += 1
                     yield chunk
                 elif chunk.sequence_number > stream.last:
                     stream.is_behind = True
             if not stream.is_behind and not stream.live:
-                stream.news.clear()
-                await stream.news.wait()
+                await stream.wait_for_news()
 
     async def _read_log(self, stream: _Stream) -> LogPage:
         """Retries while the database is down."""

@@ -15,7 +15,7 @@ from api.services import open_services
 from settings import Settings
 from storage import job_queries, tenants
 from storage.database import async_session_factory, open_statement_database
-from storage.streams import MAX_READS
+from storage.log_reads import MAX_READS
 from storage.tables import DEFAULT_TENANT_ID, Job, Tenant
 from tests.integration.api_harness import CATALOG, MODEL, ApiServer, open_events, post_job
 from tests.waiting import wait_until
@@ -69,9 +69,9 @@ def test_the_streams_of_one_tenant_leave_connections_to_others(
     api = api_with_keys
     waiting = text("SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%job_chunks%'")
     with api.client(key) as client, ExitStack() as stack:
-        job_id = post_job(client)["id"]
+        job_ids = [post_job(client)["id"] for _ in range(3 * MAX_READS)]
         session.execute(text("LOCK TABLE job_chunks IN ACCESS EXCLUSIVE MODE"))
-        for _ in range(3 * MAX_READS):
+        for job_id in job_ids:
             stack.enter_context(open_events(client, job_id))
         wait_until(lambda: api.services.streams.num_streams == 3 * MAX_READS)
         wait_until(lambda: session.execute(waiting).scalar_one() == MAX_READS // 2)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from api.limits import StreamPlaces
+from api.signals import Signal
 from api.sse import (
     HEARTBEAT,
     EventStream,
@@ -57,9 +58,9 @@ async def test_a_client_that_leaves_at_the_very_end_leaves_no_error_behind() -> 
     async def send(message: Any) -> None:
         await asyncio.sleep(0)
 
-    slots, draining = StreamPlaces(1, is_shared=False), asyncio.Event()
+    slots, draining = StreamPlaces(1, is_shared=False), Signal()
     stream = EventStream(one_frame(), heartbeat_seconds=1, lifetime_seconds=9, slots=slots, draining=draining)
-    await stream({"type": "http"}, receive, send)
+    await stream({"type": "http", "state": {"revocation": Signal}}, receive, send)
     gc.collect()
     assert complaints == []
     assert slots.num_taken == 0
