@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from pathlib import PurePath
 from time import localtime, monotonic, strftime
 from types import FrameType, TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TextIO
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.orjson import OrjsonFormatter
@@ -62,7 +62,7 @@ def job_context(job_id: str) -> Iterator[None]:
 
 def configure_logging(level: str, log_format: Literal["json", "text"]) -> None:
     """Send all logging of this process to stderr in one format. May be called again: the last call wins."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _TellingHandler(sys.stderr)
     handler.addFilter(_add_context)
     handler.addFilter(_shorten)
     handler.setFormatter(_CarefulJsonFormatter() if log_format == "json" else _TextFormatter(_TEXT_FORMAT))
@@ -74,6 +74,28 @@ def configure_logging(level: str, log_format: Literal["json", "text"]) -> None:
     for name in ("uvicorn.access", "httpx", "httpcore", "sqlalchemy.engine"):
         logging.getLogger(name).setLevel(max(logging.WARNING, root.level))
     _collect_only_what_is_shown()
+
+
+LOST_SECONDS = 60.0  # for which it is told that lines were lost
+
+_lost: tuple[float, str] | None = None  # when a line was last lost, monotonic, and why
+
+
+class _TellingHandler(logging.StreamHandler[TextIO]):
+    """A line that cannot be written, such as to a full disk, is lost, and nowhere else is a place to say so."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        global _lost
+        exc = sys.exc_info()[1]
+        if isinstance(exc, OSError):
+            _lost = monotonic(), exc.strerror or type(exc).__name__
+        else:
+            super().handleError(record)
+
+
+def lost_lines() -> str | None:
+    """Why this process has lost lines of its log within the last minute; None if it has not."""
+    return _lost[1] if _lost is not None and monotonic() - _lost[0] < LOST_SECONDS else None
 
 
 def _collect_only_what_is_shown() -> None:

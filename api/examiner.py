@@ -7,25 +7,42 @@ path.
 
 import asyncio
 import logging
+import os
+import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence, Set
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any, TypeVar
+from uuid import UUID, uuid4
 
 import redis.asyncio
 from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, ResponseError
 from sqlalchemy import event
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
+from sqlalchemy.orm import Session
 
-from api.reasons import FATAL, NO_JOBS, Reason, ReasonCode
+import observability
+from api.reasons import (
+    FATAL,
+    NO_JOBS,
+    Reason,
+    ReasonCode,
+    silent_process_reasons,
+    silent_worker_reasons,
+    told_reasons,
+)
 from domain.clocks import MAX_SKEW_SECONDS, skew_seconds
+from domain.troubles import Trouble
 from metrics import health_reasons
 from observability import describe_exception
 from settings import Settings
-from storage import troubles
+from storage import processes, troubles
 from storage.database import async_session_factory, open_statement_database, repeatable, within
+from storage.processes import ProcessKind, ProcessReport
 from storage.stream_channels import REDIS_OUTAGES
 from storage.troubles import DISK_FULL, READ_ONLY, ServerState
 
@@ -39,6 +56,7 @@ LOCK_MILLISECONDS = 500  # for which the examiner itself waits for a lock
 WRITE_SECONDS = 5.0  # between two tries to write
 BLOCKED_SECONDS = 10.0  # for which a lock is named after it was last waited for: those that give up come back
 SETTLED_SECONDS = 10.0  # after an outage, until those that could not report count as silent
+SLOW_SECONDS, NUM_SLOW = 0.5, 2  # answers in a row, each of them slower than this
 REDIS_PROBE = "celeriac.health"
 
 
@@ -58,6 +76,13 @@ REFUSALS = (
     ("recovery", ReasonCode.DATABASE_UNAVAILABLE, "it recovers from a crash, wait or see its log"),
     ("shutting down", ReasonCode.DATABASE_UNAVAILABLE, "it is stopping, start it again"),
     ("authentication failed", ReasonCode.DATABASE_UNAVAILABLE, "it refuses our user, see CELERIAC_DATABASE_URL"),
+    ("pg_hba.conf", ReasonCode.DATABASE_UNAVAILABLE, "it refuses our user or our address, see its pg_hba.conf"),
+    ("not permitted to log in", ReasonCode.DATABASE_UNAVAILABLE, "it refuses our user, see CELERIAC_DATABASE_URL"),
+    ("does not exist", ReasonCode.DATABASE_UNAVAILABLE, "it has no such user or database, see CELERIAC_DATABASE_URL"),
+    ("certificate", ReasonCode.DATABASE_UNAVAILABLE, "TLS fails, see its certificate and CELERIAC_DATABASE_URL"),
+    ("SSL", ReasonCode.DATABASE_UNAVAILABLE, "TLS fails, see its certificate and CELERIAC_DATABASE_URL"),
+    ("translate host name", ReasonCode.DATABASE_UNAVAILABLE, "its name is not known, see CELERIAC_DATABASE_URL"),
+    ("No route to host", ReasonCode.DATABASE_UNAVAILABLE, "no network leads there, see CELERIAC_DATABASE_URL"),
 )
 
 
@@ -79,7 +104,9 @@ class Examiner:
         sessions: async_sessionmaker[AsyncSession],
         client: "redis.asyncio.Redis",
         others: Callable[[Sequence[Reason]], Iterator[Reason]],
+        report: ProcessReport,
     ) -> None:
+        self._report = report
         self._sessions = sessions
         self._redis = client
         self._others = others
@@ -91,13 +118,16 @@ class Examiner:
         self._blocker: Reason | None = None
         self._blocked_at = float("-inf")  # monotonic
         self._was_away_at = time.monotonic()
+        self._answer_seconds: deque[float] = deque(maxlen=NUM_SLOW)
+        self._schema_reason: Reason | None = None
 
     async def look(self, *, max_age_seconds: float) -> Findings:
         """What is wrong, looked at again if that is older than this. Never raises for what it finds."""
         async with self._looking:
             if time.monotonic() - self._seen_at > max_age_seconds:
                 of_database, of_redis = await asyncio.gather(self._database_reasons(), self._redis_reasons())
-                self._seen, self._seen_at = [*of_database, *of_redis], time.monotonic()
+                of_others = await self._process_reasons({reason.code for reason in (*of_database, *of_redis)})
+                self._seen, self._seen_at = [*of_database, *of_redis, *of_others], time.monotonic()
                 self._publish()
         return self._findings
 
@@ -121,20 +151,28 @@ class Examiner:
     # PostgreSQL
 
     async def _database_reasons(self) -> list[Reason]:
-        asked_at = time.time()
+        asked_at, began_at = time.time(), time.monotonic()
         try:
             state = await self._ask(troubles.server_state)
         except (SQLAlchemyError, OSError) as exc:
             self._was_away_at = time.monotonic()
             return [refusal(exc)]
         reasons = list(_state_reasons(state, asked_at, time.time()))
+        reasons += self._slowness_reasons(time.monotonic() - began_at)
         if state.is_standby:
             return reasons
         reasons += await self._lock_reasons()
         reasons += await self._write_reasons()
-        if time.monotonic() - self._was_away_at > SETTLED_SECONDS:
-            reasons += await self._worker_reasons()
         return reasons
+
+    def _slowness_reasons(self, seconds: float) -> list[Reason]:
+        """Of a query that reads no table, several times in a row."""
+        self._answer_seconds.append(seconds)
+        if len(self._answer_seconds) < NUM_SLOW or min(self._answer_seconds) < SLOW_SECONDS:
+            return []
+        seen = f"PostgreSQL takes {min(self._answer_seconds):.1f} s for the simplest query"
+        remedy = "see the load of its machine and the network to it"
+        return [Reason(ReasonCode.DATABASE_SLOW, f"{seen}: {remedy}")]
 
     async def _lock_reasons(self) -> list[Reason]:
         found = await self._answer(troubles.blockers)
@@ -158,28 +196,39 @@ class Examiner:
                 await self._ask(troubles.try_to_write)
             except (SQLAlchemyError, OSError) as exc:
                 self._write_reason = _write_refusal(exc)
-        return [self._write_reason] if self._write_reason else []
+            self._schema_reason = next(iter(await self._answer(_schema_reasons)), None)
+        return [reason for reason in (self._write_reason, self._schema_reason) if reason is not None]
 
-    async def _worker_reasons(self) -> list[Reason]:
-        """All silent workers in one sentence, which does not name their hosts to everybody."""
-        silent = await self._answer(troubles.silent_workers)
-        if not silent:
+    # Processes
+
+    async def _process_reasons(self, codes: Set[ReasonCode]) -> list[Reason]:
+        """Also reports that this one runs."""
+        if codes & (FATAL | {ReasonCode.DATABASE_SCHEMA}):
             return []
-        told = ", ".join(f"of {worker.model} for {worker.seconds:.0f} s" for worker in silent)
-        remedy = "it was killed, is frozen or cut off, restart it or see its log; celeriac doctor names it"
-        return [Reason(ReasonCode.WORKER_SILENT, f"a worker is silent ({told}): {remedy}")]
+        lost = observability.lost_lines()
+        own = {} if lost is None else {Trouble.LOG.value: f"its log takes no lines: {lost}"}
+        await self._answer(_beat, self._report, own)
+        reasons = list(told_reasons(await self._answer(troubles.told_troubles), codes))
+        if time.monotonic() - self._was_away_at > SETTLED_SECONDS:
+            reasons += silent_worker_reasons(await self._answer(troubles.silent_workers))
+            reasons += silent_process_reasons(await self._answer(troubles.silent_processes))
+        return reasons
 
-    async def _answer(self, function: Callable[..., list[T]]) -> list[T]:
+    async def leave(self) -> None:
+        """It stops, and is not to be missed."""
+        await self._answer(_forget, self._report.id)
+
+    async def _answer(self, function: Callable[..., list[T]], *args: Any) -> list[T]:
         """Nothing, if the database does not answer."""
         try:
-            return await self._ask(function)
+            return await self._ask(function, *args)
         except (SQLAlchemyError, OSError) as exc:
             # Another look tells why.
             log.debug("could not examine the database", extra={"reason": describe_exception(exc)})
             return []
 
-    def _ask(self, function: Callable[..., T]) -> Awaitable[T]:
-        return within(CHECK_SECONDS, repeatable(self._sessions, function))
+    def _ask(self, function: Callable[..., T], *args: Any) -> Awaitable[T]:
+        return within(CHECK_SECONDS, repeatable(self._sessions, function, *args))
 
     # Redis
 
@@ -200,6 +249,24 @@ class Examiner:
             remedy = "see whether it runs, and CELERIAC_REDIS_URL; streams are slower, nothing is lost"
             return [Reason(ReasonCode.REDIS_UNAVAILABLE, f"{what}: {remedy}")]
         return []
+
+
+def _beat(session: Session, report: ProcessReport, own: dict[str, str]) -> list[None]:
+    processes.beat(session, report, own)
+    return []
+
+
+def _forget(session: Session, process_id: UUID) -> list[None]:
+    processes.forget(session, process_id)
+    return []
+
+
+def _schema_reasons(session: Session) -> list[Reason]:
+    found, needed = troubles.schema_revisions(session)
+    if found is not None and found < needed:
+        seen = f"the schema of the database is {found}, and this release needs {needed}"
+        return [Reason(ReasonCode.DATABASE_SCHEMA, f"{seen}: run celeriac migrate")]
+    return []
 
 
 def refusal(exc: BaseException) -> Reason:
@@ -245,6 +312,7 @@ def _be_impatient(connection: Any, record: object) -> None:
     """Statements that are abandoned after CHECK_SECONDS end then, or the next look would find no connection."""
     cursor = connection.cursor()
     cursor.execute(f"SET lock_timeout = '{LOCK_MILLISECONDS}ms'; SET statement_timeout = '{CHECK_SECONDS:g}s'")
+    cursor.execute("SET synchronous_commit = off")  # what is written here need not survive a crash
     cursor.close()
     connection.commit()
 
@@ -256,11 +324,14 @@ async def open_examiner(
     """Looks until it is closed."""
     database = open_statement_database(settings.database_url, pool_size=1, max_overflow=1)
     event.listen(database.sync_engine, "connect", _be_impatient)
-    examiner = Examiner(async_session_factory(database), client, others)
+    name = f"api {os.getpid()} on {socket.gethostname()}"
+    report = ProcessReport(uuid4(), ProcessKind.API, name, version("celeriac"))
+    examiner = Examiner(async_session_factory(database), client, others, report)
     looking: asyncio.Task[Any] = asyncio.create_task(examiner.look_forever())
     try:
         yield examiner
     finally:
         looking.cancel()
         await asyncio.gather(looking, return_exceptions=True)
+        await examiner.leave()
         await database.dispose()

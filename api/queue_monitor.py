@@ -50,6 +50,8 @@ ANSWER_SECONDS = 2.0  # after this a query is abandoned, and the next one uses a
 READ_SECONDS = 5.0  # the same for a read of all queues: a million queued jobs take one on a quiet machine
 STALE_SECONDS = 2 * (READ_SECONDS + MAX_PAUSE_SECONDS)  # older figures are not shown: two reads have failed
 FINDING_SECONDS = 60.0  # shorter waits are not worth an operator's attention
+#: For these nothing is under way: somebody has to do something.
+SOON_FINDING_SECONDS = dict.fromkeys((WaitingFor.WORKER, WaitingFor.PAUSE), 15.0)
 MAX_RANKED = 2_000  # queued jobs of a model; in a longer queue, positions are estimated
 MAX_SHARE = 0.2  # of its time one database connection may spend on queries for positions
 
@@ -174,13 +176,14 @@ class QueueMonitor:
 
     @property
     def findings(self) -> list[Finding]:
-        """The reasons, slots aside, for which jobs have been waiting for more than FINDING_SECONDS. That holds for
-        the oldest of the jobs, and for the reason itself, which every read since then has found."""
+        """The reasons, slots aside, for which jobs have been waiting for longer than the reason may last. That holds
+        for the oldest of the jobs, and for the reason itself, which every read since then has found."""
         return [
             Finding(model, reason, queue.waiting[reason].num_jobs, round(seconds, 1))
             for (model, reason), since in self._waiting_since.items()
             if reason not in PLAIN_WAITS and (queue := self.queues.get(model)) and reason in queue.waiting
-            if (seconds := min(time.monotonic() - since, queue.waiting[reason].oldest_seconds)) > FINDING_SECONDS
+            if (seconds := min(time.monotonic() - since, queue.waiting[reason].oldest_seconds))
+            > SOON_FINDING_SECONDS.get(reason, FINDING_SECONDS)
         ]
 
     def unserved_seconds(self, model: str) -> float:

@@ -4,13 +4,16 @@ Anyone may read the sentences, in /health: they hold no address, no path and not
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby
 
 from api.queue_monitor import STALE_SECONDS, Finding, QueueMonitor
 from domain.catalog import Catalog
 from domain.jobs import IN_GOOD_ORDER, WaitingFor
+from domain.troubles import WORDS, Trouble
+from storage.troubles import SilentProcess, SilentWorker, Told
 
 
 class ReasonCode(StrEnum):
@@ -22,12 +25,20 @@ class ReasonCode(StrEnum):
     DATABASE_READ_ONLY = "database_read_only"
     DATABASE_LOCKED = "database_locked"
     DATABASE_SLOW = "database_slow"
+    DATABASE_SCHEMA = "database_schema"
     CLOCK = "clock"
     REDIS_UNAVAILABLE = "redis_unavailable"
     REDIS_FULL = "redis_full"
     REDIS_REFUSES = "redis_refuses"
     NO_WORKER = "no_worker"
     WORKER_SILENT = "worker_silent"
+    PROCESS_SILENT = "process_silent"
+    PROCESS_REDIS = "process_redis"
+    ENGINE_STUCK = "engine_stuck"
+    ENGINE_ENDED = "engine_ended"
+    MODEL_FAILED = "model_failed"
+    LOG_FAILED = "log_failed"
+    ARCHIVE_FAILED = "archive_failed"
     MAINTENANCE_SILENT = "maintenance_silent"
     STOPPING = "stopping"
     JOBS_WAIT = "jobs_wait"
@@ -36,6 +47,13 @@ class ReasonCode(StrEnum):
 
 #: With any of these, no job can be accepted.
 FATAL = frozenset({ReasonCode.DATABASE_UNAVAILABLE, ReasonCode.DATABASE_FULL, ReasonCode.DATABASE_READ_ONLY})
+#: With any of these, that the queues cannot be read needs no reason of its own.
+EXPLAIN_SILENCE = FATAL | {
+    ReasonCode.DATABASE_LOCKED,
+    ReasonCode.DATABASE_CONNECTIONS,
+    ReasonCode.DATABASE_SLOW,
+    ReasonCode.DATABASE_SCHEMA,
+}
 OF_REDIS = frozenset({ReasonCode.REDIS_UNAVAILABLE, ReasonCode.REDIS_FULL, ReasonCode.REDIS_REFUSES})
 
 
@@ -46,6 +64,39 @@ NO_JOBS = "no job can be accepted"
 class Reason:
     code: ReasonCode
     sentence: str  # what is wrong, a colon, and what to do
+
+
+KINDS = {"worker": "a worker", "api": "an API", "maintenance": "a maintenance process"}
+
+
+def silent_worker_reasons(silent: Sequence[SilentWorker]) -> Iterator[Reason]:
+    """All silent workers in one sentence, which does not name their hosts to everybody."""
+    if silent:
+        told = ", ".join(f"of {worker.model} for {worker.seconds:.0f} s" for worker in silent)
+        remedy = "it was killed, is frozen or cut off, restart it or see its log; celeriac doctor names it"
+        yield Reason(ReasonCode.WORKER_SILENT, f"a worker is silent ({told}): {remedy}")
+
+
+def silent_process_reasons(silent: Sequence[SilentProcess]) -> Iterator[Reason]:
+    for kind, alike in groupby(silent, key=lambda process: process.kind):
+        told = ", ".join(f"for {process.seconds:.0f} s" for process in alike)
+        remedy = "it was killed, is frozen or cut off, restart it or see its log; celeriac doctor names it"
+        yield Reason(ReasonCode.PROCESS_SILENT, f"{KINDS.get(kind, kind)} is silent ({told}): {remedy}")
+
+
+def told_reasons(told: Iterable[Told], codes: Set[ReasonCode]) -> Iterator[Reason]:
+    """What processes find wrong with themselves, a sentence for each kind of trouble. `codes` is what is wrong with the
+    servers that all of them use."""
+    known = [one for one in told if one.code in set(Trouble) and not (one.code == Trouble.REDIS and codes & OF_REDIS)]
+    for (code, kind), alike in groupby(sorted(known, key=_trouble), key=_trouble):
+        models = ", ".join(sorted({one.model for one in alike if one.model}))
+        what, remedy = WORDS[Trouble(code)]
+        who = KINDS.get(kind, kind) + (f" of {models}" if models else "")
+        yield Reason(ReasonCode(code), f"{who} {what}: {remedy}; celeriac doctor names it")
+
+
+def _trouble(told: Told) -> tuple[str, str]:
+    return told.code, told.kind
 
 
 #: What an operator should do, by what the jobs wait for.
@@ -70,7 +121,7 @@ def installation_reasons(
 ) -> Iterator[Reason]:
     """What the queue monitor knows. While the database is at fault, which `seen` tells, nobody else is blamed."""
     codes = {reason.code for reason in seen}
-    if not codes & (FATAL | {ReasonCode.DATABASE_LOCKED, ReasonCode.DATABASE_CONNECTIONS}) and not monitor.is_fresh:
+    if not codes & EXPLAIN_SILENCE and not monitor.is_fresh:
         how_long = f"for {STALE_SECONDS:g} s" if monitor.has_read else "yet"
         remedy = "the database is slow, see what runs in pg_stat_activity"
         yield Reason(ReasonCode.DATABASE_SLOW, f"the queues could not be read {how_long}: {remedy}")

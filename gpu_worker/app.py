@@ -24,6 +24,7 @@ from domain.errors import CeleriacError
 from gpu_worker.consumer import EngineStep, EngineWorker
 from gpu_worker.deliveries import strategy
 from gpu_worker.pool import served_models
+from gpu_worker.reporting import report_failed_start
 from observability import configure_logging
 from settings import Settings, get_settings
 from tasks.app import app, generate
@@ -66,7 +67,12 @@ def _models_or_leave(settings: Settings) -> list[ModelSpec]:
     except (CeleriacError, OSError, ValueError) as exc:
         configure_logging(settings.log_level, settings.log_format)
         logging.getLogger(__name__).critical("exiting: %s", exc)
+        report_failed_start(settings, _full_name(settings.worker_name or "gpu"), str(exc))
         sys.exit(os.EX_CONFIG)
+
+
+def _full_name(name: str) -> str:
+    return name if "@" in name else f"{name}@{socket.gethostname()}"
 
 
 settings = get_settings()
@@ -98,4 +104,4 @@ def _choose_node_name(instance: Any, **_: Any) -> None:
         return  # set with -n
     readable = re.sub(r"[^A-Za-z0-9.-]+", "-", models[0].id) + (f"-and-{len(models) - 1}-more" if models[1:] else "")
     name = settings.worker_name or f"gpu-{readable}-{secrets.token_hex(4)}"
-    instance.hostname = name if "@" in name else f"{name}@{socket.gethostname()}"
+    instance.hostname = _full_name(name)

@@ -7,15 +7,12 @@ answer was lost. Methods without this parameter are idempotent.
 `FlushPacer` decides, on the runner's thread, which jobs' output is due. `commit` stores it, on the storage thread, in
 one transaction for all of them. The first chunk of a job and its end are due immediately; the chunks in between wait
 for an interval that depends on the cost of commits.
-
-`WorkerReporter` sends the worker's heartbeat, on which dispatch, /health and the admin API rely. The answer contains
-the operators' orders for this worker.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, time
 from uuid import UUID
 
 import redis
@@ -25,11 +22,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import ModelSpec
+from domain.clocks import skew_seconds
 from domain.errors import EngineError
-from domain.jobs import AttemptOutcome, JobError, JobStatus, Lane, WorkerState
+from domain.jobs import AttemptOutcome, JobError, JobStatus, Lane
 from domain.requests import TokenChunk
 from gpu_worker.job import RunningJob
-from gpu_worker.threads import StorageThread
 from settings import Settings
 from storage import database, jobs, streams, workers
 from storage.database import OUTAGES
@@ -156,10 +153,16 @@ class JobStorage:
         job_log.ended_without_worker(job for job in asked if job.status.is_terminal)
         self.notifier.publish((job.job_id, JobStatus.CANCELLED) for job in asked)
 
-    def heartbeat(self, report: WorkerReport) -> Orders:
-        """Store the worker's report and return its orders."""
+    def heartbeat(self, report: WorkerReport) -> tuple[Orders, float]:
+        """Store the worker's report. Returns its orders, and by how much the database's clock is ahead of ours."""
+        asked_at = time()
         with self.sessions.begin() as session:
-            return workers.heartbeat(session, report)
+            orders = workers.heartbeat(session, report)
+        return orders, skew_seconds(orders.clock, asked_at, time())
+
+    def fail(self, report: WorkerReport) -> None:
+        with self.sessions.begin() as session:
+            workers.fail(session, report)
 
     def longest_wait_seconds(self) -> float | None:
         """How long a job has been waiting for this worker to load the model; None if none has."""
@@ -373,79 +376,3 @@ def _news_of(chunk: TokenChunk) -> streams.Event:
     """The event to publish for a chunk. Prompt logprobs can be megabytes, too much for Redis, so readers are only told
     to read such a chunk from SQL."""
     return chunk if chunk.prompt_logprobs is None else JobStatus.IN_PROGRESS
-
-
-REPORT_SECONDS = 2.0  # between two reports, and so the longest time until an order is followed
-
-LOADING_REPORT_SECONDS = 0.5  # while a model is loaded, whose progress somebody may be watching
-
-
-class WorkerReporter:
-    """Sends the worker's reports. After each of them, `on_answer` is called with the worker's orders."""
-
-    def __init__(
-        self,
-        storage: JobStorage,
-        thread: StorageThread,
-        *,
-        spec: ModelSpec,
-        owner: UUID,
-        hostname: str,
-        on_answer: Callable[[Orders], None],
-    ) -> None:
-        self._storage = storage
-        self._storage_thread = thread
-        self._spec = spec
-        self._owner = owner
-        self._hostname = hostname
-        self._on_answer = on_answer
-        self._due_at = 0.0
-        self._is_under_way = False
-        self._told: WorkerState | None = None
-
-    def beat_soon(self) -> None:
-        """Report at the next opportunity, to fetch an order that has changed."""
-        self._due_at = 0.0
-
-    def beat(
-        self,
-        now: float,
-        state: WorkerState,
-        *,
-        num_running: int,
-        tokens_per_second: float,
-        cache_usage: float | None,
-        memory_bytes: int | None,
-        load_share: float | None,
-        ready_in_seconds: float | None,
-    ) -> None:
-        """Report if it is due or if the state has changed. Reports do not overlap: the orders of one are followed
-        before the next is sent."""
-        if self._is_under_way or (now < self._due_at and state is self._told):
-            return
-        pause_seconds = min(REPORT_SECONDS, LOADING_REPORT_SECONDS) if load_share is not None else REPORT_SECONDS
-        self._due_at, self._is_under_way, self._told = now + pause_seconds, True, state
-        report = WorkerReport(
-            id=self._owner,
-            hostname=self._hostname,
-            model=self._spec.id,
-            max_num_seqs=self._spec.max_num_seqs,
-            num_running=num_running,
-            tokens_per_second=tokens_per_second,
-            cache_usage=cache_usage,
-            memory_bytes=memory_bytes,
-            model_revision=self._storage.model_revision,
-            state=state,
-            load_percent=None if load_share is None else int(100 * load_share),
-            ready_in_seconds=ready_in_seconds,
-        )
-        self._storage_thread.submit(
-            lambda is_repeated: self._storage.heartbeat(report),
-            lambda answer: self._end(answer.value),
-            lambda exc: self._end(None),
-        )
-
-    def _end(self, orders: Orders | None) -> None:
-        self._is_under_way = False
-        if orders is not None:
-            self._on_answer(orders)

@@ -18,11 +18,12 @@ from domain.catalog import ModelSpec
 from domain.jobs import AttemptOutcome, WorkerState, external_id
 from gpu_worker.batch import RunningBatch
 from gpu_worker.cancels import Cancels
-from gpu_worker.commits import FlushPacer, JobStorage, WorkerReporter
+from gpu_worker.commits import FlushPacer, JobStorage
 from gpu_worker.engine_process.frames import CannotLoad, Loading, Ready, Report, StepDone
 from gpu_worker.engine_process.supervisor import EngineExit, Supervisor
 from gpu_worker.intake import Intake, Offers
 from gpu_worker.quarantine import Quarantine, QuarantineRules
+from gpu_worker.reporting import WorkerReporter, WorkerTroubles
 from gpu_worker.residency import ModelMemory, Residence
 from gpu_worker.threads import (
     DispatchRequester,
@@ -105,6 +106,7 @@ class RunnerThread:
             hostname=hostname,
             on_answer=self._follow_orders,
         )
+        self._troubles = WorkerTroubles(self._supervisor, self._dispatcher)
         self._cancels = Cancels(self._storage_thread, self._storage.request_cancel)
         self._queued_cancels = Cancels(self._storage_thread, self._storage.cancel_queued)
         self._meter = EngineMeter(spec.id)
@@ -116,6 +118,7 @@ class RunnerThread:
         self._order_deadline: float | None = None  # set while draining because an operator ordered it
         self._is_loaded: bool | None = None  # whether the model should be loaded; None until read from SQL
         self._has_been_ready = False  # whether any engine of this worker has been ready
+        self._failure: WorkerFailure | None = None  # why it was given up
         self.is_healthy = True  # whether the model has not been given up
         self._retry_at = math.inf  # when a model that was given up is tried again
         self._is_stopping = False
@@ -183,7 +186,7 @@ class RunnerThread:
         now = self.turned_at = monotonic()
         if now >= self._retry_at:
             log.warning("trying again the model that was given up")
-            self.is_healthy, self._retry_at = True, math.inf
+            self.is_healthy, self._retry_at, self._failure = True, math.inf, None
             self._quarantine.forget_crashes()
         if self.is_healthy:
             self._watch_engine(now)
@@ -206,7 +209,10 @@ class RunnerThread:
                 memory_bytes=self._meter.stats.memory_bytes or None,
                 load_share=self._supervisor.load_share,
                 ready_in_seconds=None if self._supervisor.ready else self._residence.seconds_until_ready(now),
+                troubles=self._troubles.found(now, self._reporter.skew_seconds),
             )
+        elif self._failure is not None:
+            self._reporter.fail(now, self._failure.reason)
         self._emit_events()
 
     def _wait(self, now: float) -> None:
@@ -248,6 +254,7 @@ class RunnerThread:
         if exit_ is None:
             return
         self._exits.inc()
+        self._troubles.engine_ended(now, exit_.description)
         self._meter.forget_engine()
         self._batch.report_exit(exit_)
         if failure := self._failure_of(exit_):
@@ -402,7 +409,7 @@ class RunnerThread:
     def _give_up(self, failure: WorkerFailure) -> None:
         """Release all jobs and report that this worker cannot continue with this model: the process exits unless it has
         others. Then a model that has been served before is tried again."""
-        self.is_healthy = False
+        self.is_healthy, self._failure = False, failure
         self._retry_at = math.inf if failure.is_lasting else monotonic() + RETRY_SECONDS
         self._batch.release_all()
         self._supervisor.stop()
@@ -412,7 +419,7 @@ class RunnerThread:
     def _close(self) -> None:
         """Finish the storage calls that have been submitted, emit their events, and free all resources."""
         self._dispatcher.stop()
-        self._storage_thread.submit(lambda is_repeated: self._storage.forget_worker(), lambda answer: None)
+        self._reporter.leave(None if self._failure is None else self._failure.reason)
         self._supervisor.stop()
         self._storage_thread.stop()
         self.mailbox.run_all()

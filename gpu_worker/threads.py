@@ -25,7 +25,7 @@ from uuid import UUID
 
 import redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from redis.retry import Retry
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -257,6 +257,8 @@ PAUSE_AFTER_FAILURE_SECONDS = 1.0  # the janitor dispatches every second anyway
 
 REDIS_TIMEOUT_SECONDS = 0.2
 
+LOOK_SECONDS = 2.0  # between two looks whether Redis answers
+
 
 class DispatchRequester:
     """Dispatches on a thread of its own. `request` may be called from any thread; requests made during a dispatch are
@@ -279,6 +281,9 @@ class DispatchRequester:
             socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 0),
         )
+        self._away_since: float | None = None  # monotonic: since when Redis has not answered
+        self.redis_error = ""
+        self._look_at = 0.0
         self._requested = Event()
         self._stopping = Event()
         self._thread = Thread(target=self._run, name="dispatch-requester", daemon=True)
@@ -294,12 +299,33 @@ class DispatchRequester:
         self._stopping.set()
         self._requested.set()
 
+    @property
+    def redis_away_seconds(self) -> float:
+        """How long Redis has not answered this worker; 0 while it does."""
+        since = self._away_since
+        return 0.0 if since is None else monotonic() - since
+
     def _run(self) -> None:
-        while self._requested.wait() and not self._stopping.is_set():
-            self._requested.clear()
-            self._stopping.wait(PAUSE_SECONDS if self._dispatch() else PAUSE_AFTER_FAILURE_SECONDS)
+        while not self._stopping.is_set():
+            is_requested = self._requested.wait(LOOK_SECONDS)
+            if monotonic() >= self._look_at:
+                self._look_for_redis()
+            if is_requested and not self._stopping.is_set():
+                self._requested.clear()
+                self._stopping.wait(PAUSE_SECONDS if self._dispatch() else PAUSE_AFTER_FAILURE_SECONDS)
         self._client.close()
         self._database.dispose()
+
+    def _look_for_redis(self) -> None:
+        self._look_at = monotonic() + LOOK_SECONDS
+        try:
+            self._client.ping()
+        except ResponseError:  # it answers: what it refuses is seen by all others as well
+            self._away_since = None
+        except (RedisError, OSError) as exc:
+            self._away_since, self.redis_error = self._away_since or monotonic(), type(exc).__name__
+        else:
+            self._away_since = None
 
     def _dispatch(self) -> bool:
         try:

@@ -111,12 +111,22 @@ class Archiver:
         self._sessions = sessionmaker(database, expire_on_commit=False)
         self._url = url
         self._archive: Archive | None = None
+        self.trouble: str | None = None  # why the last tick that had something to do could not
         self._look_at = 0.0
 
     def tick(self) -> bool:
         """Returns whether there is more to do at once. Raises ArchiveUnavailable."""
         if monotonic() < self._look_at:
             return False
+        try:
+            is_hurried = self._turn()
+        except ArchiveUnavailable as exc:
+            self.trouble = str(exc)
+            raise
+        self.trouble = None
+        return is_hurried
+
+    def _turn(self) -> bool:
         self._look_at = monotonic() + LOOK_SECONDS
         self._archive = self._archive or Archive(self._url)
         with archive_lock(self._database, is_waiting=False) as is_taken:

@@ -11,9 +11,12 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from time import monotonic
+from uuid import uuid4
 
 import redis
 import uvicorn
@@ -21,6 +24,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -29,6 +33,7 @@ from starlette.routing import Route
 
 from api.connections import BoundedHttp, open_socket
 from domain.jobs import AttemptOutcome
+from domain.troubles import Trouble
 from maintenance.archive import Archiver
 from maintenance.batches import BatchWork
 from maintenance.callbacks import CallbackPublisher
@@ -36,10 +41,12 @@ from maintenance.janitor import Janitor
 from maintenance.model_pulls import ModelPuller
 from maintenance.webhooks import WebhookSender
 from metrics import Process, maintenance_seconds_since_last_tick, registries
-from observability import EventLoopMonitor, configure_logging, describe_exception
+from observability import EventLoopMonitor, configure_logging, describe_exception, lost_lines
 from settings import Settings
+from storage import processes
 from storage.database import async_session_factory, open_async_database, open_database, session_factory
 from storage.maintenance import CLOCKS, record_ticks
+from storage.processes import ProcessKind, ProcessReport
 from tasks import job_log
 from tasks.webhook_http import TargetGuard
 from text.models import ModelViews, follow_models
@@ -77,6 +84,9 @@ class Maintenance:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._stopping = asyncio.Event()
+        self._archiver: Archiver | None = None
+        name = f"maintenance {os.getpid()} on {socket.gethostname()}"
+        self._report = ProcessReport(uuid4(), ProcessKind.MAINTENANCE, name, version("celeriac"))
         self.clocks = tuple(map(Clock, CLOCKS))
         self.janitor, self.batches, self.webhooks = self.clocks
 
@@ -108,8 +118,8 @@ class Maintenance:
             asyncio.create_task(self._keep_telling(sessions)),
         ]
         if settings.archive_url:
-            archiver = Archiver(sync_database, settings.archive_url)
-            work.append(asyncio.create_task(self._keep_ticking("archive", archiver.tick)))
+            self._archiver = Archiver(sync_database, settings.archive_url)
+            work.append(asyncio.create_task(self._keep_ticking("archive", self._archiver.tick)))
         await self._stopping.wait()
         following.cancel()
         _, hanging = await asyncio.wait(work, timeout=STOP_SECONDS)
@@ -161,6 +171,7 @@ class Maintenance:
             try:
                 async with sessions.begin() as session:
                     await session.run_sync(record_ticks, ages)
+                    await session.run_sync(processes.beat, self._report, self._troubles())
                 is_known = True
             except Exception as exc:  # an outermost loop: the clocks go on and are recorded later
                 if not is_known and monotonic() - started > PATIENCE_SECONDS:
@@ -172,6 +183,17 @@ class Maintenance:
                         describe_exception(exc),
                     )
             await self._rest(TELL_SECONDS)
+        with contextlib.suppress(SQLAlchemyError, OSError):
+            async with sessions.begin() as session:
+                await session.run_sync(processes.forget, self._report.id)
+
+    def _troubles(self) -> dict[str, str]:
+        found = {}
+        if self._archiver is not None and self._archiver.trouble is not None:
+            found[Trouble.ARCHIVE.value] = self._archiver.trouble
+        if (lost := lost_lines()) is not None:
+            found[Trouble.LOG.value] = f"its log takes no lines: {lost}"
+        return found
 
     async def _rest(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -28,7 +28,7 @@ from sqlalchemy import (
     func,
     text,
 )
-from sqlalchemy.dialects.postgresql import TIMESTAMP
+from sqlalchemy.dialects.postgresql import JSONB, TIMESTAMP
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from domain.access import Scope
@@ -448,6 +448,7 @@ class Worker(Row):
     state: Mapped[WorkerState] = mapped_column(server_default="ready")
     load_percent: Mapped[int | None] = mapped_column(SmallInteger)  # None: not loading, or unknown
     ready_in_seconds: Mapped[float | None] = mapped_column(Double)  # None: loaded, or unknown
+    troubles: Mapped[dict[str, str]] = mapped_column(JSONB, server_default=text("'{}'"))  # by domain/troubles.py
     started_at: Mapped[datetime] = mapped_column(server_default=func.now())
     seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
 

@@ -8,7 +8,7 @@ outlives the worker's process, since a restart must not undo it.
 # ruff: noqa: S608  (only constants of storage/job_statements.py are inserted into the text; values are bound)
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from uuid import UUID
 
@@ -96,6 +96,7 @@ class WorkerReport:
     ready_in_seconds: float | None = None  # an estimate for a model that is not loaded; None: unknown
     cache_usage: float | None = None  # share of the engine's key/value cache, 0 to 1; None: unknown
     memory_bytes: int | None = None  # of the device that the engine holds, or else its own; None: unknown
+    troubles: dict[str, str] = field(default_factory=dict)  # by domain/troubles.py; an operator may read the words
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class Orders:
     """What admins want a worker to do."""
 
     is_loaded: bool  # whether its model should be loaded
+    clock: float  # of the database, in seconds since 1970
     release_after_seconds: float | None = None  # accept no jobs and release running ones after this; None: accept jobs
 
 
@@ -111,14 +113,25 @@ def heartbeat(session: Session, report: WorkerReport) -> Orders:
     Returns its orders."""
     statement = insert(Worker).values(**asdict(report))
     changed = {name: statement.excluded[name] for name in asdict(report) if name != "id"}
-    session.execute(
-        statement.on_conflict_do_update(
-            index_elements=[Worker.id], set_={**changed, "seen_at": func.statement_timestamp()}
-        )
+    upsert = statement.on_conflict_do_update(
+        index_elements=[Worker.id], set_={**changed, "seen_at": func.statement_timestamp()}
     )
+    clock = session.execute(upsert.returning(func.extract("epoch", func.clock_timestamp()))).scalar_one()
     session.execute(delete(Worker).where(Worker.seen_at < _seconds_ago(FORGET_SECONDS)))
     order = find_drain(session, report.hostname)
-    return Orders(is_model_loaded(session, report.model), order.release_after_seconds if order else None)
+    release_after_seconds = order.release_after_seconds if order else None
+    return Orders(is_model_loaded(session, report.model), float(clock), release_after_seconds)
+
+
+def fail(session: Session, report: WorkerReport) -> None:
+    """Leave the reason why it cannot serve its model, where it is found after its end. It does not count as live."""
+    seen_at = _seconds_ago(LIVE_SECONDS)
+    statement = insert(Worker).values(**asdict(report), seen_at=seen_at)
+    session.execute(
+        statement.on_conflict_do_update(
+            index_elements=[Worker.id], set_={"seen_at": seen_at, "troubles": report.troubles}
+        )
+    )
 
 
 def forget(session: Session, worker_id: UUID) -> None:

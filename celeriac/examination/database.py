@@ -10,6 +10,7 @@ from sqlalchemy.pool import NullPool
 
 from celeriac.examination.results import CheckResult, clock_result, fail, ok, warn
 from domain.jobs import WorkerState
+from domain.troubles import WORDS, Trouble
 from settings import Settings
 from storage import job_queues, maintenance, row_security, troubles, workers
 from storage.database import CONNECT_ARGS, MIGRATIONS, SharedSessions, database_url, refuse_shared_sessions
@@ -161,9 +162,7 @@ def _worker_results(session: Session, settings: Settings) -> Iterator[CheckResul
     drained, unloaded = {drain.hostname for drain in workers.list_drains(session)}, workers.unloaded_models(session)
     num_queued = {model: figures.num_queued for model, figures in job_queues.queue_figures(session).items()}
     default = settings.default_model
-    for worker in troubles.silent_workers(session):
-        seen = f"{worker.hostname} ({worker.model}) has been silent for {worker.seconds:.0f} s"
-        yield warn("workers", seen, "it was killed, is frozen or cut off: restart it, or see its log")
+    yield from _process_results(session)
     if not live:
         yield fail("workers", "no worker is alive", "start one: celeriac worker")
     models = {worker.model for worker in live} | {model for model, num in num_queued.items() if num}
@@ -171,6 +170,22 @@ def _worker_results(session: Session, settings: Settings) -> Iterator[CheckResul
         own = [worker for worker in live if worker.model == model]
         if live or num_queued.get(model):
             yield worker_result(model, own, num_queued.get(model, 0), drained, is_unloaded=model in unloaded)
+
+
+def _process_results(session: Session) -> Iterator[CheckResult]:
+    """Those that fell silent, and what others find wrong with themselves."""
+    remedy = "it was killed, is frozen or cut off: restart it, or see its log"
+    for worker in troubles.silent_workers(session):
+        seen = f"{worker.hostname} ({worker.model}) has been silent for {worker.seconds:.0f} s"
+        yield warn("workers", seen, remedy)
+    for process in troubles.silent_processes(session):
+        yield warn("processes", f"{process.name} has been silent for {process.seconds:.0f} s", remedy)
+    for told in troubles.told_troubles(session):
+        if told.code in set(Trouble):
+            of = f" ({told.model})" if told.model else ""
+            yield warn(
+                "workers" if told.model else "processes", f"{told.name}{of}: {told.words}", WORDS[Trouble(told.code)][1]
+            )
 
 
 def worker_result(

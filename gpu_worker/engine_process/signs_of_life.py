@@ -98,6 +98,8 @@ NUM_BUSY_HEARTBEATS = 60  # the main thread computes for this long without a rep
 
 IDLE_STEPS, BUSY_STEPS = 10, 20  # the last two bounds in multiples of the longest step so far; the larger bound applies
 
+DOUBT_SECONDS = 2.0  # without work, after a heartbeat without a report
+
 LEAST_WORK = 0.05  # share of the time that counts as work; the beats themselves cost less
 
 BEATS_PER_HEARTBEAT = 4
@@ -193,6 +195,15 @@ class SignsOfLife:
             return f"it is alive, but its step {num_steps} has made no progress for {self._idle_seconds:.1f} s"
         if self._busy_seconds > self._bound(NUM_BUSY_HEARTBEATS, BUSY_STEPS):
             return f"its step {num_steps} has been computing for {self._busy_seconds:.1f} s"
+        return None
+
+    @property
+    def doubt(self) -> str | None:
+        """What looks wrong so far, before it is a reason to kill it."""
+        if self._idle_seconds > DOUBT_SECONDS:
+            return "it neither reports nor works"
+        if self._busy_seconds > self._bound(NUM_BUSY_HEARTBEATS, BUSY_STEPS) / 2:
+            return "one step takes far longer than all before it"
         return None
 
     def _bound(self, num_heartbeats: int, num_steps: int) -> float:

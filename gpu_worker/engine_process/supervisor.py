@@ -211,6 +211,11 @@ class Supervisor:
         return self._engine.load_share if self._engine is not None and self.ready is None else None
 
     @property
+    def doubt(self) -> str | None:
+        """What looks wrong with the engine, though not enough to kill it yet."""
+        return self._engine.signs.doubt if self._engine is not None and self.ready is not None else None
+
+    @property
     def has_engine(self) -> bool:
         """Whether there is an engine process, whatever its state."""
         return self._engine is not None

@@ -31,7 +31,8 @@ import psycopg
 
 from local.processes import free_port
 from settings import ROOT
-from tests.chaos.cause_list import CAUSES, MODELS, Cause, Scene
+from tests.chaos.cause_list import CAUSES
+from tests.chaos.cause_scene import MODELS, Cause, Scene
 from tests.chaos.plant import Plant, start_prepared, start_python
 from tests.waiting import wait_until
 
@@ -236,7 +237,7 @@ def try_all(names: list[str], *, is_prepared: bool) -> dict[str, Any]:
             models=MODELS,
             worker_models={"gpu-1": "fake", "gpu-2": "fake"},
             num_apis=2,
-            settings={**ports, "auth": "none"},
+            settings={**ports, "auth": "none", "archive_url": f"file://{folder}/archive"},
             start=start_prepared if is_prepared else start_python,
         )
         with plant, Scene(plant, has_small_disk=is_small) as scene, prometheus(plant, folder) as url:

@@ -97,12 +97,12 @@ class Part:
         self._arguments = arguments
         self.start_process = start
         self.environment = dict(environment)
-        self._log_path = log_path
+        self.log_path = log_path
         self._folder = folder
         self._restart_at = 0.0
 
     def start(self) -> None:
-        with self._log_path.open("ab") as log:
+        with self.log_path.open("ab") as log:
             process = self.start_process(self._arguments, self.environment, log, self._folder)
         self.incarnations.append(Incarnation(process, time.time()))
 
@@ -171,7 +171,7 @@ class Part:
             self.kill()
 
     def log(self) -> str:
-        return self._log_path.read_text(errors="replace")
+        return self.log_path.read_text(errors="replace")
 
     def _bury(self) -> None:
         if self.newest.ended_at is None:

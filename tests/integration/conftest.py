@@ -12,7 +12,7 @@ import redis
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import ModelSpec
-from gpu_worker import commits
+from gpu_worker import reporting
 from gpu_worker.engine_process import template
 from settings import Settings
 from tests.conftest import MakeJob
@@ -95,7 +95,7 @@ def rig(
     settings = Settings(database_url=database_url, redis_url=redis_url, models_file=tmp_path / "models.toml")
     starting = SimpleNamespace(Popen=start_template, DEVNULL=subprocess.DEVNULL)
     monkeypatch.setattr(template, "subprocess", starting)
-    monkeypatch.setattr(commits, "REPORT_SECONDS", 0.2)  # a worker's orders come with the answers to its reports
+    monkeypatch.setattr(reporting, "REPORT_SECONDS", 0.2)  # a worker's orders come with the answers to its reports
     rig = Rig(session_factory, settings, make_job, context_length)
     yield rig
     rig.close()

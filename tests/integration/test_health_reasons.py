@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import httpx
@@ -18,7 +19,9 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.reasons import ReasonCode
-from storage import troubles, workers
+from gpu_worker.reporting import failure_of
+from storage import processes, troubles, workers
+from storage.processes import ProcessKind, ProcessReport
 from storage.workers import WorkerReport
 from tests.integration.api_harness import body
 from tests.waiting import wait_until
@@ -66,27 +69,86 @@ def test_who_holds_a_lock_is_named(
         asked.result()
 
 
-def test_a_worker_that_falls_silent_is_named_until_it_is_replaced(session_factory: sessionmaker[Session]) -> None:
-    def beat(hostname: str) -> None:
-        report = WorkerReport(
-            id=uuid4(), hostname=hostname, model="fake", max_num_seqs=1, num_running=0, tokens_per_second=0.0
-        )
-        with session_factory.begin() as session:
-            workers.heartbeat(session, report)
+def beat(session_factory: sessionmaker[Session], hostname: str, **told: Any) -> WorkerReport:
+    report = WorkerReport(
+        id=uuid4(), hostname=hostname, model="fake", max_num_seqs=1, num_running=0, tokens_per_second=0.0, **told
+    )
+    with session_factory.begin() as session:
+        workers.heartbeat(session, report)
+    return report
 
+
+def test_a_worker_that_falls_silent_is_named_until_it_is_replaced(session_factory: sessionmaker[Session]) -> None:
     def silent() -> list[str]:
         with session_factory() as session:
             return [worker.hostname for worker in troubles.silent_workers(session)]
 
-    beat("gpu-1")
+    beat(session_factory, "gpu-1")
     assert silent() == []
     with session_factory.begin() as session:
         session.execute(
             text("UPDATE workers SET seen_at = now() - interval '11 s', started_at = now() - interval '1 h'")
         )
     assert silent() == ["gpu-1"]
-    beat("gpu-2")  # of the same model, started since then
+    beat(session_factory, "gpu-2")  # of the same model, started since then
     assert silent() == []
+
+
+def test_what_a_worker_tells_of_itself_is_a_reason_and_the_words_are_the_operators(
+    http: httpx.Client, told: Callable[[str, ReasonCode], None], session_factory: sessionmaker[Session]
+) -> None:
+    beat(session_factory, "gpu-1@here", troubles={"process_redis": "secret words", "of_the_next_release": "?"})
+    told("a worker of fake cannot reach Redis: see the network", ReasonCode.PROCESS_REDIS)
+    assert "secret words" not in http.get("/health").text
+    with session_factory() as session:
+        assert "secret words" in [one.words for one in troubles.told_troubles(session)]
+
+
+def test_why_a_worker_could_not_serve_its_model_is_told_after_its_end(session_factory: sessionmaker[Session]) -> None:
+    def failed() -> list[str]:
+        with session_factory() as session:
+            return [one.words for one in troubles.told_troubles(session)]
+
+    for words in ("first", "second"):  # it is started again and again
+        with session_factory.begin() as session:
+            workers.fail(session, failure_of(uuid4(), "gpu@here", "fake", words))
+    beat(session_factory, "gpu@elsewhere")
+    assert failed() == ["second"]
+    with session_factory() as session:
+        assert [worker.hostname for worker in workers.list_live(session)] == ["gpu@elsewhere"]
+        assert troubles.silent_workers(session) == []
+    beat(session_factory, "gpu@here")
+    assert failed() == [], "its machine serves the model"
+
+
+def test_a_process_that_falls_silent_is_named_unless_it_stopped(
+    told: Callable[[str, ReasonCode], None], session_factory: sessionmaker[Session]
+) -> None:
+    killed, stopped = (ProcessReport(uuid4(), ProcessKind.MAINTENANCE, name, "1") for name in ("killed", "stopped"))
+    with session_factory.begin() as session:
+        processes.beat(session, killed, {})
+        processes.beat(session, stopped, {})
+        session.execute(text("UPDATE processes SET seen_at = now() - interval '11 s' WHERE kind = 'maintenance'"))
+        processes.forget(session, stopped.id)
+    with session_factory() as session:
+        assert [process.name for process in troubles.silent_processes(session)] == ["killed"]
+    told("a maintenance process is silent (for ", ReasonCode.PROCESS_SILENT)
+    with session_factory.begin() as session:
+        processes.beat(session, ProcessReport(uuid4(), ProcessKind.MAINTENANCE, "next", "1"), {})
+        assert troubles.silent_processes(session) == []
+
+
+def test_a_schema_that_is_too_old_is_named(
+    told: Callable[[str, ReasonCode], None], session_factory: sessionmaker[Session]
+) -> None:
+    with session_factory.begin() as session:
+        newest = session.scalar(text("SELECT version_num FROM alembic_version"))
+        session.execute(text("UPDATE alembic_version SET version_num = '0003'"))
+    try:
+        told(f"the schema of the database is 0003, and this release needs {newest}", ReasonCode.DATABASE_SCHEMA)
+    finally:
+        with session_factory.begin() as session:
+            session.execute(text("UPDATE alembic_version SET version_num = :newest"), {"newest": newest})
 
 
 def test_connections_that_run_out_are_counted(session_factory: sessionmaker[Session]) -> None:

@@ -33,6 +33,7 @@ OF_THE_INSTALLATION = {
     "maintenance_figures",
     "maintenance_ticks",
     "model_pulls",
+    "processes",
 }
 
 OF_ADMINISTRATORS = {"audit_log"}  # which requests of tenants never see at all

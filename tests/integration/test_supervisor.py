@@ -148,7 +148,9 @@ def test_an_engine_that_stands_still_in_a_step_is_killed_after_twelve_heartbeats
     crank.turn_until_ready()
     crank.add()
     started_at = time.monotonic()
+    crank.turn_until(lambda: crank.supervisor.doubt, "it is told before it is killed")
     crank.turn_until(lambda: crank.exits, "the engine is killed")
+    assert crank.supervisor.doubt is None
     assert crank.exits[0].was_killed_by_us
     assert not crank.exits[0].is_outside_kill
     assert [job.job_id for job in crank.exits[0].last_step] == ["job"]

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from domain.errors import CeleriacError
 from domain.jobs import JobStatus
 from gpu_worker.pool import served_models
+from storage import troubles
 from tests.engine_driver import tiny_llama_config, tiny_model
 from tests.engine_parts import TOKENIZER
 from tests.integration.consumer_harness import ROOT
@@ -143,4 +144,6 @@ def test_a_model_that_cannot_be_loaded_ends_the_worker_with_the_reason(rig: Rig,
     assert reason in last["message"]
     assert len(last["message"]) < 1000
     assert "Traceback" not in done.stdout + done.stderr
+    with rig.session_factory() as session:  # where /health and doctor find it
+        assert [reason in told.words for told in troubles.told_troubles(session)] == [True]
     assert (rig.job(job_id).status, rig.job(job_id).attempt) == (JobStatus.QUEUED, 0)

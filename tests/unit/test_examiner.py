@@ -16,6 +16,9 @@ WHERE = 'connection failed: connection to server at "10.1.2.3", port 5432 failed
         ("FATAL:  sorry, too many clients already", ReasonCode.DATABASE_CONNECTIONS, "raise its max_connections"),
         ("FATAL:  the database system is starting up", ReasonCode.DATABASE_UNAVAILABLE, "it is starting"),
         ('FATAL:  password authentication failed for user "x"', ReasonCode.DATABASE_UNAVAILABLE, "refuses our user"),
+        ('FATAL:  pg_hba.conf rejects connection for host "10.1.2.3"', ReasonCode.DATABASE_UNAVAILABLE, "our address"),
+        ('FATAL:  database "x" does not exist', ReasonCode.DATABASE_UNAVAILABLE, "no such user or database"),
+        ("SSL error: certificate verify failed", ReasonCode.DATABASE_UNAVAILABLE, "TLS fails"),
         ("something new", ReasonCode.DATABASE_UNAVAILABLE, "hangs or is cut off"),
     ],
 )

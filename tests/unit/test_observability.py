@@ -4,8 +4,9 @@ import json
 import logging
 import re
 import socket
+import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Literal
 
 import httpx
@@ -14,6 +15,7 @@ from celery.worker.consumer.consumer import CONNECTION_RETRY
 from prometheus_client import Counter, Gauge, Histogram, generate_latest
 
 import metrics
+import observability
 from metrics import Process, registries, serve_metrics
 from observability import configure_logging, describe_exception, job_context, request_id_context
 from settings import ROOT
@@ -208,3 +210,15 @@ def test_workers_of_one_machine_share_no_port() -> None:
 def test_an_address_that_is_not_ours_is_said_and_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
     assert serve_metrics(Process.WORKER, "192.0.2.1", 0) is None
     assert "cannot serve metrics on 192.0.2.1" in caplog.text
+
+
+def test_lines_that_a_full_disk_takes_no_more_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(observability, "_lost", None)
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stderr", full)
+        configure_logging("INFO", "text")
+        assert observability.lost_lines() is None
+        logging.getLogger("here").info("a line")
+        assert observability.lost_lines() == "No space left on device"
+        with suppress(OSError):
+            full.close()

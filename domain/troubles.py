@@ -1,0 +1,34 @@
+"""What a process may find wrong with itself, and tells with its heartbeat, since nobody else can see it."""
+
+from enum import StrEnum
+
+
+class Trouble(StrEnum):
+    REDIS = "process_redis"
+    ENGINE_STUCK = "engine_stuck"
+    ENGINE_ENDED = "engine_ended"
+    MODEL = "model_failed"
+    CLOCK = "clock"
+    LOG = "log_failed"
+    ARCHIVE = "archive_failed"
+
+
+#: What such a process does, and what to do about it. Anyone may read this.
+WORDS = {
+    Trouble.REDIS: (
+        "cannot reach Redis",
+        "see the network between them and its CELERIAC_REDIS_URL; jobs go on through PostgreSQL, more slowly",
+    ),
+    Trouble.ENGINE_STUCK: (
+        "has an engine that makes no progress",
+        "one that hangs is replaced by itself; see its device and its log",
+    ),
+    Trouble.ENGINE_ENDED: ("has lost its engine", "another one is started; its log has the last words"),
+    Trouble.MODEL: ("cannot serve its model", "mend its files, its memory or models.toml, then start it again"),
+    Trouble.CLOCK: ("has a clock that differs from the database's", "run NTP on its machine"),
+    Trouble.LOG: ("cannot write its log", "make room on the disk of its log"),
+    Trouble.ARCHIVE: (
+        "cannot write the archive",
+        "see its log, CELERIAC_ARCHIVE_URL and the AWS_* variables; jobs that are due are kept",
+    ),
+}

@@ -1,0 +1,65 @@
+"""APIs and maintenance processes that run: each reports every few seconds, and takes its row with it when it stops.
+
+GPU workers have a table of their own, which has what dispatch needs (storage/workers.py).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from uuid import UUID
+
+from sqlalchemy import delete, func, text
+from sqlalchemy.dialects.postgresql import JSONB, insert
+from sqlalchemy.orm import Mapped, Session, mapped_column
+
+from storage.job_statements import CLOCK
+from storage.tables import Row
+from storage.workers import FORGET_SECONDS
+
+
+class ProcessKind(StrEnum):
+    API = "api"
+    MAINTENANCE = "maintenance"
+
+
+class RunningProcess(Row):
+    """`troubles` has, by their codes (domain/troubles.py), what it finds wrong with itself."""
+
+    __tablename__ = "processes"
+
+    id: Mapped[UUID] = mapped_column(primary_key=True)
+    kind: Mapped[str]
+    name: Mapped[str]
+    release: Mapped[str]
+    troubles: Mapped[dict[str, str]] = mapped_column(JSONB, server_default=text("'{}'"))
+    started_at: Mapped[datetime] = mapped_column(server_default=func.now())
+    seen_at: Mapped[datetime] = mapped_column(server_default=func.now())
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessReport:
+    id: UUID
+    kind: ProcessKind
+    name: str
+    release: str
+
+
+def beat(session: Session, report: ProcessReport, troubles: Mapping[str, str]) -> None:
+    """Report that it runs. Drops those that are long gone."""
+    statement = insert(RunningProcess).values(
+        id=report.id, kind=report.kind.value, name=report.name, release=report.release, troubles=dict(troubles)
+    )
+    session.execute(
+        statement.on_conflict_do_update(
+            index_elements=[RunningProcess.id],
+            set_={"seen_at": func.statement_timestamp(), "troubles": statement.excluded.troubles},
+        )
+    )
+    long_ago = text(f"seen_at < {CLOCK} - make_interval(secs => {FORGET_SECONDS})")
+    session.execute(delete(RunningProcess).where(long_ago))
+
+
+def forget(session: Session, process_id: UUID) -> None:
+    """Of one that stops."""
+    session.execute(delete(RunningProcess).where(RunningProcess.id == process_id))
