@@ -3,19 +3,19 @@
 GPU workers have a table of their own, which has what dispatch needs (storage/workers.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from uuid import UUID
 
-from sqlalchemy import delete, func, text
+from sqlalchemy import delete, func, select, text
 from sqlalchemy.dialects.postgresql import JSONB, insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from storage.job_statements import CLOCK
 from storage.tables import Row
-from storage.workers import FORGET_SECONDS
+from storage.workers import FORGET_SECONDS, LIVE_SECONDS
 
 
 class ProcessKind(StrEnum):
@@ -58,6 +58,14 @@ def beat(session: Session, report: ProcessReport, troubles: Mapping[str, str]) -
     )
     long_ago = text(f"seen_at < {CLOCK} - make_interval(secs => {FORGET_SECONDS})")
     session.execute(delete(RunningProcess).where(long_ago))
+
+
+def list_live(session: Session) -> Sequence[RunningProcess]:
+    """Those that reported within LIVE_SECONDS."""
+    is_live = text(f"seen_at > {CLOCK} - make_interval(secs => {LIVE_SECONDS})")
+    found = session.scalars(select(RunningProcess).where(is_live).order_by(RunningProcess.name)).all()
+    session.expunge_all()
+    return found
 
 
 def forget(session: Session, process_id: UUID) -> None:

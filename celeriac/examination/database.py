@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 
 from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.exc import SQLAlchemyError
@@ -12,7 +13,7 @@ from celeriac.examination.results import CheckResult, clock_result, fail, ok, wa
 from domain.jobs import WorkerState
 from domain.troubles import WORDS, Trouble
 from settings import Settings
-from storage import job_queues, maintenance, row_security, troubles, workers
+from storage import job_queues, maintenance, processes, row_security, troubles, workers
 from storage.database import CONNECT_ARGS, MIGRATIONS, SharedSessions, database_url, refuse_shared_sessions
 from storage.tables import Worker
 
@@ -180,6 +181,10 @@ def _process_results(session: Session) -> Iterator[CheckResult]:
         yield warn("workers", seen, remedy)
     for process in troubles.silent_processes(session):
         yield warn("processes", f"{process.name} has been silent for {process.seconds:.0f} s", remedy)
+    for running in processes.list_live(session):
+        if running.release != version("celeriac"):
+            seen = f"{running.name} runs release {running.release}, and this is {version('celeriac')}"
+            yield warn("processes", seen, "restart it after an upgrade")
     for told in troubles.told_troubles(session):
         if told.code in set(Trouble):
             of = f" ({told.model})" if told.model else ""

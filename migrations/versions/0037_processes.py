@@ -3,7 +3,7 @@
 from alembic import op
 
 revision = "0037"
-down_revision = "0034"
+down_revision = "0035"
 
 UPGRADE = """
 ALTER TABLE workers ADD COLUMN troubles jsonb NOT NULL DEFAULT '{}';

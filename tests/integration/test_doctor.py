@@ -21,7 +21,8 @@ from celeriac.examination.results import clock_result
 from domain.jobs import WorkerState
 from local.servers import EmbeddedRedis
 from settings import ROOT, get_settings
-from storage import maintenance, workers
+from storage import maintenance, processes, workers
+from storage.processes import ProcessKind, ProcessReport
 from storage.workers import WorkerReport
 from tests.databases import as_owner
 
@@ -129,6 +130,22 @@ def test_workers_that_take_no_jobs_are_named_with_the_reason(
         workers.heartbeat(session, loading)
     [big, ready] = found(doctor(), "workers")
     assert (big["level"], "1 loading" in big["seen"], ready["level"]) == ("warn", True, "ok")
+
+
+@pytest.mark.usefixtures("well")
+def test_processes_are_named_with_what_they_tell_and_with_another_release(
+    doctor: Doctor, session_factory: sessionmaker[Session]
+) -> None:
+    troubled = WorkerReport(uuid4(), "w2", "tiny", 4, 0, 0.0, troubles={"engine_ended": "its engine has ended: killed"})
+    report = ProcessReport(uuid4(), ProcessKind.MAINTENANCE, "maintenance 7 on here", "0.0.1")
+    with session_factory.begin() as session:
+        workers.heartbeat(session, troubled)
+        processes.beat(session, report, {"archive_failed": "the archive at s3://b cannot be used"})
+    answer = doctor()
+    assert "w2 (tiny): its engine has ended: killed" in [check["seen"] for check in found(answer, "workers")]
+    seen = [check["seen"] for check in found(answer, "processes")]
+    assert "maintenance 7 on here: the archive at s3://b cannot be used" in seen
+    assert any(one.startswith("maintenance 7 on here runs release 0.0.1") for one in seen)
 
 
 def test_servers_that_do_not_answer_are_named(doctor: Doctor) -> None:

@@ -121,6 +121,11 @@ def test_why_a_worker_could_not_serve_its_model_is_told_after_its_end(session_fa
     assert failed() == [], "its machine serves the model"
 
 
+AGED = """
+UPDATE processes SET seen_at = now() - interval '11 s', started_at = now() - interval '1 h' WHERE kind = 'maintenance'
+"""
+
+
 def test_a_process_that_falls_silent_is_named_unless_it_stopped(
     told: Callable[[str, ReasonCode], None], session_factory: sessionmaker[Session]
 ) -> None:
@@ -128,7 +133,7 @@ def test_a_process_that_falls_silent_is_named_unless_it_stopped(
     with session_factory.begin() as session:
         processes.beat(session, killed, {})
         processes.beat(session, stopped, {})
-        session.execute(text("UPDATE processes SET seen_at = now() - interval '11 s' WHERE kind = 'maintenance'"))
+        session.execute(text(AGED))
         processes.forget(session, stopped.id)
     with session_factory() as session:
         assert [process.name for process in troubles.silent_processes(session)] == ["killed"]

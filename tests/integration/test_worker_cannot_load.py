@@ -144,6 +144,6 @@ def test_a_model_that_cannot_be_loaded_ends_the_worker_with_the_reason(rig: Rig,
     assert reason in last["message"]
     assert len(last["message"]) < 1000
     assert "Traceback" not in done.stdout + done.stderr
-    with rig.session_factory() as session:  # where /health and doctor find it
+    with rig.sessions() as session:  # where /health and doctor find it
         assert [reason in told.words for told in troubles.told_troubles(session)] == [True]
     assert (rig.job(job_id).status, rig.job(job_id).attempt) == (JobStatus.QUEUED, 0)
