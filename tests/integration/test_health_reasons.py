@@ -126,9 +126,7 @@ UPDATE processes SET seen_at = now() - interval '11 s', started_at = now() - int
 """
 
 
-def test_a_process_that_falls_silent_is_named_unless_it_stopped(
-    told: Callable[[str, ReasonCode], None], session_factory: sessionmaker[Session]
-) -> None:
+def test_a_process_that_falls_silent_is_named_unless_it_stopped(session_factory: sessionmaker[Session]) -> None:
     killed, stopped = (ProcessReport(uuid4(), ProcessKind.MAINTENANCE, name, "1") for name in ("killed", "stopped"))
     with session_factory.begin() as session:
         processes.beat(session, killed, {})
@@ -137,7 +135,6 @@ def test_a_process_that_falls_silent_is_named_unless_it_stopped(
         processes.forget(session, stopped.id)
     with session_factory() as session:
         assert [process.name for process in troubles.silent_processes(session)] == ["killed"]
-    told("a maintenance process is silent (for ", ReasonCode.PROCESS_SILENT)
     with session_factory.begin() as session:
         processes.beat(session, ProcessReport(uuid4(), ProcessKind.MAINTENANCE, "next", "1"), {})
         assert troubles.silent_processes(session) == []

@@ -4,7 +4,10 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from api.examiner import refusal
-from api.reasons import ReasonCode
+from api.reasons import ReasonCode, silent_process_reasons, told_reasons
+from domain.troubles import WORDS, Trouble
+from settings import ROOT
+from storage.troubles import SilentProcess, Told
 
 WHERE = 'connection failed: connection to server at "10.1.2.3", port 5432 failed: '
 
@@ -31,3 +34,23 @@ def test_a_refusal_is_a_reason(said: str, code: ReasonCode, words: str) -> None:
 
 def test_a_database_that_does_not_answer_in_time_is_one_that_hangs() -> None:
     assert "does not answer within 2 s" in refusal(TimeoutError()).sentence
+
+
+def test_processes_that_are_silent_or_troubled_are_counted_and_not_named() -> None:
+    silent = [SilentProcess("api", "api 1 on host", 11.0), SilentProcess("api", "api 2 on host", 12.0)]
+    [reason] = silent_process_reasons(silent)
+    assert (reason.code, reason.sentence[:32]) == (ReasonCode.PROCESS_SILENT, "an API is silent (for 11 s, for ")
+    assert "host" not in reason.sentence
+    told = [Told("worker", name, "m", "process_redis", "words") for name in ("w1", "w2")]
+    assert [reason.code for reason in told_reasons(told, set())] == [ReasonCode.PROCESS_REDIS]
+    assert list(told_reasons(told, {ReasonCode.REDIS_UNAVAILABLE})) == [], "which is everybody's trouble"
+
+
+def test_every_trouble_has_words_and_a_code_of_the_metric() -> None:
+    assert WORDS.keys() == set(Trouble)
+    assert {trouble.value for trouble in Trouble} <= {code.value for code in ReasonCode}
+
+
+def test_the_runbook_has_every_code() -> None:
+    runbook = (ROOT / "docs/runbooks.md").read_text()
+    assert [code for code in ReasonCode if f"`{code.value}`" not in runbook] == []
