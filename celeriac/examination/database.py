@@ -108,8 +108,12 @@ def _write_result(session: Session) -> CheckResult:
         troubles.try_to_write(session)
     except SQLAlchemyError as exc:
         session.rollback()
-        if getattr(getattr(exc, "orig", None), "sqlstate", None) == troubles.DISK_FULL:
+        state = getattr(getattr(exc, "orig", None), "sqlstate", None)
+        if state == troubles.DISK_FULL:
             return fail("disk of the database", "it is full", "make room on it; no job can be accepted until then")
+        if state == troubles.READ_ONLY:
+            remedy = "name its primary, or see its default_transaction_read_only; no job can be accepted until then"
+            return fail("disk of the database", "it takes no writes", remedy)
         return warn(
             "disk of the database", f"could not try to write: {_first_line(exc)}", "GRANT TEMPORARY to our role"
         )

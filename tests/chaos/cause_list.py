@@ -74,7 +74,7 @@ CAUSES = [
         "PostgreSQL takes no writes",
         take_no_writes,
         "PostgreSQL takes no writes",
-        r"disk of the database: could not try|takes no writes",
+        "fail  disk of the database: it takes no writes",
         "database_read_only",
     ),
     Cause("PostgreSQL refuses our user", refuse_us, "refuses our user", r"fail  database: .*pg_hba", "database_unavai"),
