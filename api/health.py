@@ -87,7 +87,7 @@ class MaintenanceView(View):
 
 class FindingView(View):
     """Jobs of a model have been waiting for something other than a free slot for at least `seconds`: more than a
-    minute, or a quarter of one if nobody serves the model."""
+    minute, or ten seconds if nobody serves the model."""
 
     model: str
     waiting_for: WaitingFor

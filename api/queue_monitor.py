@@ -51,7 +51,7 @@ READ_SECONDS = 5.0  # the same for a read of all queues: a million queued jobs t
 STALE_SECONDS = 2 * (READ_SECONDS + MAX_PAUSE_SECONDS)  # older figures are not shown: two reads have failed
 FINDING_SECONDS = 60.0  # shorter waits are not worth an operator's attention
 #: For these nothing is under way: somebody has to do something.
-SOON_FINDING_SECONDS = dict.fromkeys((WaitingFor.WORKER, WaitingFor.PAUSE), 15.0)
+SOON_FINDING_SECONDS = dict.fromkeys((WaitingFor.WORKER, WaitingFor.PAUSE), 10.0)
 MAX_RANKED = 2_000  # queued jobs of a model; in a longer queue, positions are estimated
 MAX_SHARE = 0.2  # of its time one database connection may spend on queries for positions
 

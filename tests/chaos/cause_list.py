@@ -171,7 +171,7 @@ CAUSES = [
         "no worker serves a model",
         ask_for_unserved,
         "jobs of unserved have been waiting for worker",
-        "jobs of unserved wait for worker",
+        r"unserved: none is alive; 1 jobs wait",
         "jobs_wait",
     ),
     Cause(
