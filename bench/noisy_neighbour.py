@@ -3,8 +3,12 @@
 The whole system with a fake engine of few slots. Every kind of work is timed alone and beside 500 long jobs of another
 tenant, which also does as much as it can of the same kind; then how evenly ten tenants share, how exactly three share
 by weight, and whether an urgent job comes before the lower ones of its own tenant. The ceiling is the tenant alone.
-Prints the ratios, then one JSON line. The aims: a 95th percentile of at most twice that alone plus STEP_SECONDS, an
-index of Jain of 0.95, shares within 5 %.
+What tenants receive is tokens, those of prompts as well: a tenant of short jobs gets a larger part of its share in
+prompts. Prints the ratios, then one JSON line. The aims: a 95th percentile of at most twice that alone plus
+CHUNK_SECONDS, an index of Jain of 0.95, shares within 5 %.
+
+`--only weights` takes forty seconds, `--only lengths` two minutes: the same with long jobs, which are paused in turns,
+and with long beside short ones.
 """
 
 import argparse
@@ -14,7 +18,7 @@ import random
 import shutil
 import statistics
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from itertools import repeat
 from pathlib import Path
@@ -257,13 +261,14 @@ async def unfinished(client: httpx.AsyncClient) -> list[str]:
     return found
 
 
-async def shares(system: TenantSystem, names: Sequence[str], seconds: float, *, num_jobs: int) -> dict[str, int]:
-    """The tokens that each receives within `seconds`, all with more waiting than they can get: short jobs of different
-    lengths, so that one more or less makes no difference."""
-    clients = [system.tenants[name].client() for name in names]
+async def shares(
+    system: TenantSystem, lengths: Mapping[str, int], seconds: float, *, num_jobs: int = 400
+) -> dict[str, int]:
+    """The tokens that each receives within `seconds`, all with more waiting than they can get: jobs of these lengths by
+    tenant."""
+    clients = [system.tenants[name].client() for name in lengths]
     try:
-        lengths = [10 + 5 * (number % 4) for number in range(len(clients))]
-        await asyncio.gather(*map(submit_many, clients, repeat(num_jobs), lengths))
+        await asyncio.gather(*map(submit_many, clients, repeat(num_jobs), lengths.values()))
         await asyncio.sleep(SETTLE_SECONDS)
         before = system.tokens_by_tenant()
         await asyncio.sleep(seconds)
@@ -273,8 +278,8 @@ async def shares(system: TenantSystem, names: Sequence[str], seconds: float, *, 
     finally:
         for client in clients:
             await client.aclose()
-    ids = {name: system.tenants[name].id for name in names}
-    return {name: after[ids[name]] - before.get(ids[name], 0) for name in names}
+    ids = {name: system.tenants[name].id for name in lengths}
+    return {name: after[ids[name]] - before.get(ids[name], 0) for name in lengths}
 
 
 def jain(values: Sequence[float]) -> float:
@@ -296,30 +301,65 @@ async def urgent_first(system: TenantSystem) -> int:
     return int(num_before)
 
 
+async def measure_equals(system: TenantSystem, given: argparse.Namespace) -> dict[str, Any]:
+    lengths = {name: 10 + 5 * (number % 4) for number, name in enumerate(EQUALS)}
+    tokens = await shares(system, lengths, given.seconds, num_jobs=120)
+    index = round(jain(list(tokens.values())), 4)
+    print(f"Jain's index over ten equal tenants: {index}", flush=True)
+    return {"jain": index, "equal_tokens": list(tokens.values())}
+
+
+async def measure_weights(system: TenantSystem, given: argparse.Namespace) -> dict[str, Any]:
+    return await by_weight(system, "short jobs", (10, 15, 20), given.seconds, num_jobs=400)
+
+
+async def measure_lengths(system: TenantSystem, given: argparse.Namespace) -> dict[str, Any]:
+    """Tenants take turns of seconds at a part of a slot, so a minute is short."""
+    long = await by_weight(system, "long jobs", (900, 900, 900), max(60.0, given.seconds), num_jobs=20)
+    lone = await by_weight(system, "long beside short jobs", (900, 15, 20), max(60.0, given.seconds), num_jobs=500)
+    return {"long": long, "long_beside_short": lone}
+
+
+async def by_weight(
+    system: TenantSystem, name: str, lengths: Sequence[int], seconds: float, *, num_jobs: int
+) -> dict[str, Any]:
+    tokens = await shares(system, dict(zip(WEIGHTS, lengths, strict=True)), seconds, num_jobs=num_jobs)
+    total, total_weight = sum(tokens.values()), sum(WEIGHTS.values())
+    off = {name: round(tokens[name] / total / (weight / total_weight) - 1, 3) for name, weight in WEIGHTS.items()}
+    print(f"{name} by weights {WEIGHTS}: {tokens} in {seconds:.0f} s, off by {off}", flush=True)
+    return {"weighted_tokens": tokens, "weighted_off": off}
+
+
+async def measure_urgent(system: TenantSystem, given: argparse.Namespace) -> dict[str, Any]:
+    before_urgent = [await urgent_first(system) for _ in range(3)]
+    print(f"lower jobs of its own tenant that started before an urgent one: {before_urgent}", flush=True)
+    return {"num_before_urgent": before_urgent}
+
+
+async def measure_all_kinds(system: TenantSystem, given: argparse.Namespace) -> dict[str, Any]:
+    return {"kinds": await measure_kinds(system, given.rounds)}
+
+
+PARTS = {
+    "kinds": measure_all_kinds,
+    "equals": measure_equals,
+    "weights": measure_weights,
+    "lengths": measure_lengths,
+    "urgent": measure_urgent,
+}
+
+
 async def run(system: TenantSystem, given: argparse.Namespace) -> dict[str, Any]:
-    kinds = await measure_kinds(system, given.rounds)
-    equal = await shares(system, EQUALS, given.seconds, num_jobs=120)
-    weighted = await shares(system, list(WEIGHTS), given.seconds, num_jobs=400)
-    total, total_weight = sum(weighted.values()), sum(WEIGHTS.values())
-    off = {name: weighted[name] / total / (weight / total_weight) - 1 for name, weight in WEIGHTS.items()}
-    figures = {
-        "kinds": kinds,
-        "jain": round(jain(list(equal.values())), 4),
-        "equal_tokens": list(equal.values()),
-        "weighted_tokens": weighted,
-        "weighted_off": {name: round(share, 3) for name, share in off.items()},
-        "num_before_urgent": [await urgent_first(system) for _ in range(3)],
-    }
-    ceiling = NUM_SLOTS / 0.02 * given.seconds
-    print(f"Jain's index over ten equal tenants: {figures['jain']}; {sum(equal.values()) / ceiling:.0%} of all steps")
-    print(f"by weights {WEIGHTS}: {weighted}, off by {figures['weighted_off']}")
-    print(f"lower jobs of its own tenant that started before an urgent one: {figures['num_before_urgent']}")
+    figures: dict[str, Any] = {}
+    for name in [given.only] if given.only else PARTS:
+        figures |= {name: await PARTS[name](system, given)}
     return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="of each kind of work, alone and beside the neighbour")
+    parser.add_argument("--only", choices=list(PARTS), help="one part instead of all")
     parser.add_argument("--seconds", type=float, default=25.0, help="over which shares are measured")
     given = parser.parse_args()
     print(f"{machine()}; {NUM_SLOTS} slots")

@@ -77,8 +77,10 @@ class TenantSystem:
             return connection.execute(statement.encode(), parameters).fetchall()
 
     def tokens_by_tenant(self) -> dict[UUID, int]:
-        """The output tokens that each has received so far, of running jobs, too."""
-        return dict(self.rows("SELECT tenant_id, sum(num_committed_tokens)::int FROM jobs GROUP BY tenant_id"))
+        """The tokens that each has received so far, of running jobs, too: of the prompts that were computed, and of the
+        output."""
+        received = "sum(num_prompt_tokens + num_committed_tokens) FILTER (WHERE first_token_at IS NOT NULL)"
+        return dict(self.rows(f"SELECT tenant_id, coalesce({received}, 0)::int FROM jobs GROUP BY tenant_id"))
 
     def memory_mib(self) -> dict[str, float]:
         """Resident memory of each part with its children, and of Redis."""

@@ -164,7 +164,7 @@ class JobKind(StrEnum):
 
 MIN_PRIORITY = -10  # the lowest that a client may request
 
-BATCH_PRIORITY = -20  # of batch lines, which run when no other job is waiting
+BATCH_PRIORITY = -20  # of batch lines, which yield to all other jobs at first
 
 
 class Lane(StrEnum):

@@ -26,6 +26,8 @@ from tasks import job_log
 
 LOOK_SECONDS = 1.0  # between two looks of a worker whose slots are full
 
+NUM_TURNS = 4  # that others have before a tenant gets one that has received more than they: on other models, perhaps
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -69,6 +71,7 @@ class Choice:
     def __init__(self, seen: Shares, may_leave: Sequence[Candidate]) -> None:
         self._weights = seen.weights
         self._num_running = dict(seen.num_running)
+        self._received = seen.received
         num_slots, total_weight = sum(seen.num_running.values()), math.fsum(seen.weights.values())
         self._shares = {tenant_id: num_slots * weight / total_weight for tenant_id, weight in seen.weights.items()}
         self._left: dict[UUID, list[Candidate]] = {}  # by tenant; the last one is the first to leave
@@ -99,10 +102,17 @@ class Choice:
         num_held, num_taken = self._num_running.get(giver, 0), self._num_running.get(taker, 0)
         if giver == taker or num_held <= self._shares.get(giver, math.inf):  # inf: its jobs have just ended
             return False
-        if num_held - candidate.num_sequences >= self._shares[giver]:
-            return num_taken == 0 or num_taken + job.num_sequences <= self._shares[taker]
-        num_quanta = self._weights[giver] / self._weights[taker]
-        return is_first and num_taken == 0 and candidate.num_quanta >= num_quanta
+        is_left_its_share = num_held - candidate.num_sequences >= self._shares[giver]
+        if is_left_its_share and (num_taken == 0 or num_taken + job.num_sequences <= self._shares[taker]):
+            return True
+        return is_first and self._is_turn_over(candidate, taker)
+
+    def _is_turn_over(self, candidate: Candidate, taker: UUID) -> bool:
+        """Whether the slot between two whole numbers, which neither is due all the time, goes from one to the other."""
+        giver, num_taken = candidate.tenant_id, self._num_running.get(taker, 0)
+        if num_taken < self._shares[taker] and self._received[taker] < self._received[giver]:
+            return True
+        return num_taken == 0 and candidate.num_quanta >= NUM_TURNS * self._weights[giver] / self._weights[taker]
 
     def _excess(self, candidate: Candidate) -> tuple[float, float]:
         giver = candidate.tenant_id
@@ -113,11 +123,13 @@ def choose(seen: Shares, may_leave: Sequence[Candidate]) -> list[tuple[NextJob, 
     """Which waiting jobs take the slots of which running ones.
 
     A tenant with more than its share gives up jobs as long as the share is left to it, to those who have less than
-    theirs or nothing. Where there are more tenants than slots, a share is less than a slot, and tenants take turns: one
-    that runs nothing gets a whole slot after a quantum, or after as many as the other's weight is higher; so does one
-    whose neighbour's only job has more sequences than its share. The tenant with most per weight gives first, or else
-    the one whose job has run longest. Of its jobs, the least urgent leaves first, then the newest, which is the last to
-    come back.
+    theirs or nothing. Shares are no whole numbers: of four slots, weights of 1, 2 and 4 are due 0.57, 1.14 and 2.29. So
+    a slot is left that tenants use in turns: whoever has more than its share by a part of a job gives it to one that
+    has less and has received less per weight. In time, everybody receives by weight, however long jobs are. One that
+    runs nothing although it has received more gets a slot, too, but after NUM_TURNS of the other's.
+
+    The tenant with most per weight gives first, or else the one whose job has run longest. Of its jobs, the least
+    urgent leaves first, then the newest, which is the last to come back.
     """
     choice = Choice(seen, may_leave)
     return [(job, leaving) for job in seen.waiting if (leaving := choice.make_room(job))]

@@ -29,7 +29,7 @@ from storage.maintenance import Due
 from storage.streams import publish
 from storage.workers import LIVE_SECONDS
 from tasks import job_log
-from tasks.dispatch import dispatch
+from tasks.dispatch import dispatch, raise_overdue_lines
 from tasks.messages import priority_keys
 
 log = logging.getLogger(__name__)
@@ -262,7 +262,9 @@ class Janitor:
     def _dispatch(self, model: str) -> int:
         if not (self._has_redis and self._has_queued):
             return 0  # try Redis only once per tick, since rescue must not wait for it
-        return dispatch(self._sessions, self._client, self._catalog.entry_of(model), self._settings)
+        entry = self._catalog.entry_of(model)
+        raise_overdue_lines(self._sessions, entry, self._settings)
+        return dispatch(self._sessions, self._client, entry, self._settings)
 
     def _dispatch_unlisted(self) -> int:
         """Dispatch jobs of models that models.toml no longer lists. Such models accept no new jobs, but existing ones

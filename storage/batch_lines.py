@@ -3,6 +3,8 @@
 As in `storage/batches.py`, nothing here commits, and functions that write need the lock on the batch's row.
 """
 
+# ruff: noqa: S608  (only constants of the storage are inserted into the text; values are bound)
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -11,12 +13,18 @@ from uuid import UUID
 from sqlalchemy import exists, func, select, text
 from sqlalchemy.orm import Session
 
-from domain.jobs import (
-    LineOutcome,
-    LineRefusal,
-)
-from storage.files import Batch, BatchLine
+from domain.jobs import BATCH_PRIORITY, MIN_PRIORITY, LineOutcome, LineRefusal
+from storage.files import UNFINISHED, Batch, BatchLine
 from storage.job_queries import JobRecord
+from storage.job_statements import (
+    AGEING_SECONDS,
+    CLOCK,
+    HELD_LINE,
+    STANDING,
+    locked_in_order,
+    ranked,
+)
+from storage.jobs import extent
 from storage.tables import Job, JobResult, Tenant
 
 # A line has also ended if the tenant has deleted its job.
@@ -62,6 +70,38 @@ OUTSTANDING = text("""
 SELECT coalesce(sum(l.num_sequences), 0) FROM batch_lines l JOIN jobs j ON j.id = l.job_id
 WHERE l.job_id IS NOT NULL AND l.outcome IS NULL AND j.model = :model AND (j.status = 'in_progress'
     OR (j.status = 'queued' AND j.num_dispatches > 0))
+""")
+
+# A batch yields to other jobs for this part of its window, and at most for as long as a line takes to rise.
+YIELDING_PART = 0.25
+MAX_YIELDING_SECONDS = AGEING_SECONDS * -BATCH_PRIORITY
+
+OVERDUE = text(f"""
+SELECT id FROM batches WHERE {UNFINISHED} AND status = 'in_progress' AND model = :model AND {CLOCK} - created_at
+    >= least(make_interval(secs => {MAX_YIELDING_SECONDS}), {YIELDING_PART} * (expires_at - created_at))
+""")
+
+# Where a line stands that has waited as long as it must. It keeps this place if it is paused or its worker is lost.
+RISEN = f"least(j.available_at, {CLOCK} + make_interval(secs => {AGEING_SECONDS} * j.priority))"
+
+OF_BATCHES = """EXISTS (SELECT FROM batch_lines l WHERE l.job_id = j.id AND l.outcome IS NULL
+        AND l.batch_id = ANY(CAST(:batch_ids AS uuid[])))"""
+
+# For the lines of batches that have yielded long enough: they count as other jobs do, and are let in though these wait.
+RAISE_LINES = text(f"""
+WITH {ranked(f"{HELD_LINE} AND {OF_BATCHES}")},
+{locked_in_order(HELD_LINE)}
+UPDATE jobs j SET num_dispatches = 1, available_at = {RISEN} FROM pick WHERE j.id = pick.id
+""")
+
+# The same for those that had been let in, and then others came.
+RAISE_LINES_THAT_ARE_IN = text(f"""
+WITH pick AS MATERIALIZED (
+    SELECT j.id FROM jobs j WHERE j.status = 'queued' AND j.model = :model AND j.lane = 'standard'
+        AND j.priority < {MIN_PRIORITY} AND j.num_dispatches > 0 AND {STANDING} < 0 AND {OF_BATCHES}
+    ORDER BY j.id FOR NO KEY UPDATE SKIP LOCKED
+)
+UPDATE jobs j SET available_at = {RISEN} FROM pick WHERE j.id = pick.id
 """)
 
 TAKE_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended('celeriac batches of ' || :model, 0))")
@@ -198,6 +238,19 @@ def count_outstanding(session: Session, model: str) -> int | None:
     if not session.execute(TAKE_TURN, {"model": model}).scalar_one():
         return None
     return num_outstanding(session, model)
+
+
+def overdue(session: Session, model: str) -> Sequence[UUID]:
+    """The batches that have yielded long enough: their lines count as other jobs do."""
+    return session.execute(OVERDUE, {"model": model}).scalars().all()
+
+
+def raise_lines(session: Session, model: str, batch_ids: Sequence[UUID], *, limit: int) -> None:
+    """From now on, the lines of these batches count as other jobs do, and up to `limit` more of them are let in."""
+    parameters = {"model": model, "batch_ids": list(batch_ids)}
+    session.execute(RAISE_LINES_THAT_ARE_IN, parameters)
+    if limit > 0:
+        session.execute(RAISE_LINES, parameters | extent(limit))
 
 
 def num_outstanding(session: Session, model: str) -> int:

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from domain.eta import Load
 from domain.jobs import MIN_PRIORITY, Lane, WaitingJob
-from storage.job_statements import BEGUN, CHARGE, CLOCK, LIFTED, RANK, STANDING, lead
+from storage.job_statements import BEGUN, CHARGE, CLOCK, EXCESS, FAIR_TIME, LIFTED, RANK, STANDING, lead
 from storage.tables import Job
 
 # The reason why a queued job waits depends on these columns and on the live workers.
@@ -47,12 +47,14 @@ FROM jobs WHERE status = 'in_progress' GROUP BY model
 
 # A follower has the place of its leader: the first one if that runs. It is not ahead of anybody.
 POSITIONS = text(f"""
-WITH timed AS (
+WITH {EXCESS},
+timed AS (
     SELECT j.id, j.model, j.tenant_id, {RANK} AS rank, {CHARGE} AS cost, {TOKENS_LEFT} AS num_tokens,
         {STANDING} AS standing, l.num_running,
-        l.virtual_time + (sum({CHARGE}) OVER (PARTITION BY j.model, j.tenant_id ORDER BY {RANK}, j.id)
+        {FAIR_TIME} + (sum({CHARGE}) OVER (PARTITION BY j.model, j.tenant_id ORDER BY {RANK}, j.id)
             - {CHARGE} - {lead("j", "t")}) / t.weight AS fair_time
     FROM jobs j JOIN tenant_load l USING (tenant_id) JOIN tenants t ON t.id = j.tenant_id
+        LEFT JOIN excess e ON e.tenant_id = j.tenant_id
     WHERE j.status = 'queued' AND j.model IN (SELECT model FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
         AND NOT EXISTS (SELECT FROM job_followers f WHERE f.job_id = j.id)
 ),

@@ -10,7 +10,8 @@ locked row, so a row that has changed in the meantime is left alone. Shared rule
 - A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge)` with the changes to the tenants'
   counters, and ends in COUNTED, which applies them. Job rows are locked first, then tenant_load in the order of
   tenant_id (accept has no existing job rows to lock), so that statements cannot deadlock.
-- Fairness charges a job's whole `cost` while it runs, and the tokens actually used once it has ended or waits again.
+- Fairness charges a job's whole `cost` while it runs, and the tokens actually used once it has ended or waits again. The
+  order of claims overlooks most of what a running job has been charged and not taken (FAIR_TIME).
 - Statements use `statement_timestamp()`, not `now()`, so that a lease does not get shorter if its transaction was open
   for a while.
 - The planner must not compare each of n ids with each of m rows, which it does when stale statistics claim that there
@@ -88,6 +89,29 @@ CHARGE = "(j.cost - CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_com
 # How many slots a job takes: its cost is the prompt and what each of its sequences may generate.
 NUM_SEQUENCES = "greatest(1, (j.cost - j.num_prompt_tokens) / greatest(1, j.max_tokens))"
 
+UNUSED = """
+unused AS (  -- what running jobs were charged and have not taken yet
+    SELECT tenant_id, sum(cost - num_prompt_tokens - num_committed_tokens) AS num_tokens
+    FROM jobs WHERE status = 'in_progress' GROUP BY tenant_id
+)"""
+
+# A running job counts for what it has taken and this many tokens more of each of its sequences. With its whole cost,
+# which is charged in advance, a tenant of long jobs would be behind all others by one of them, and so would one whose
+# jobs may take far more than they do. A job counts more with each token that it takes, so nothing is had for free.
+COUNTED_AHEAD = 256
+
+EXCESS = f"""
+excess AS MATERIALIZED (  -- what running jobs were charged beyond that
+    SELECT j.tenant_id, sum(greatest(0, j.cost - j.num_prompt_tokens - j.num_committed_tokens
+        - {COUNTED_AHEAD} * {NUM_SEQUENCES})) AS num_tokens
+    FROM jobs j
+    WHERE j.status = 'in_progress' AND j.cost - j.num_prompt_tokens - j.num_committed_tokens > {COUNTED_AHEAD}
+    GROUP BY j.tenant_id
+)"""
+
+# Where a tenant stands in the order of claims.
+FAIR_TIME = "(l.virtual_time - coalesce(e.num_tokens, 0) / t.weight)"
+
 ACCEPT = text(f"""
 WITH new AS MATERIALIZED (
     SELECT * FROM json_to_recordset(CAST(:jobs AS json)) AS n(place int, id uuid, tenant_id uuid, model text,
@@ -137,10 +161,7 @@ payload AS (
         request_id, traceparent, callback::json
     FROM inserted JOIN new USING (id)
 ),
-unused AS (  -- what running jobs were charged and may still not take
-    SELECT tenant_id, sum(cost - num_prompt_tokens - num_committed_tokens) AS num_tokens
-    FROM jobs WHERE status = 'in_progress' GROUP BY tenant_id
-),
+{UNUSED},
 level AS (  -- what those who run jobs have received; if nobody does, those who wait
     SELECT min(a.virtual_time - coalesce(r.num_tokens, 0) / t.weight) FILTER (WHERE a.num_running > 0) AS running,
         max(a.virtual_time) AS waiting
@@ -218,7 +239,7 @@ CLAIMABLE = f"""{RUNNABLE} AND j.lane = :lane AND j.cancel_requested_at IS NULL
 HELD_LINE = f"{RUNNABLE} AND j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0"
 
 
-def _ranked(condition: str) -> str:
+def ranked(condition: str) -> str:
     """The CTE `ranked(id, place)`: the jobs of a model that meet `condition`, in the order in which they should run.
 
     The tenant that has received least per weight comes first, and each of its jobs counts before its next one; of equal
@@ -228,11 +249,12 @@ def _ranked(condition: str) -> str:
     """
     due = f"j.model = :model AND j.tenant_id = l.tenant_id AND {condition}"
     return f"""
+    {EXCESS},
     waiting AS MATERIALIZED (
         SELECT l.* FROM (
-            SELECT l.tenant_id, l.virtual_time, l.num_running, t.weight, t.max_priority,
-                l.virtual_time - {LEAD_TOKENS} * t.max_priority / t.weight AS earliest
-            FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
+            SELECT l.tenant_id, {FAIR_TIME} AS virtual_time, l.num_running, t.weight, t.max_priority,
+                {FAIR_TIME} - {LEAD_TOKENS} * t.max_priority / t.weight AS earliest
+            FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id LEFT JOIN excess e ON e.tenant_id = l.tenant_id
             WHERE l.num_queued > 0 ORDER BY earliest, l.num_running, l.tenant_id
         ) l
         CROSS JOIN LATERAL (SELECT FROM jobs j WHERE {due} ORDER BY {RANK}, j.id LIMIT 1) first
@@ -251,7 +273,7 @@ def _ranked(condition: str) -> str:
     )"""
 
 
-def _locked_in_order(condition: str) -> str:
+def locked_in_order(condition: str) -> str:
     """The CTE `pick(id, place)`: locks the first of `ranked` that are not locked and still meet `condition`."""
     return f"""
 pick AS MATERIALIZED (
@@ -275,8 +297,8 @@ UNSYNCED = "CROSS JOIN (SELECT set_config('synchronous_commit', 'off', true)) AS
 
 # Lets batch lines in. If a crash loses this update, they are let in again.
 LET_LINES_IN = text(f"""
-WITH {_ranked(HELD_LINE)},
-{_locked_in_order(HELD_LINE)},
+WITH {ranked(HELD_LINE)},
+{locked_in_order(HELD_LINE)},
 let_in AS (UPDATE jobs j SET num_dispatches = 1 FROM pick WHERE j.id = pick.id RETURNING j.id, pick.place)
 SELECT id FROM let_in {UNSYNCED} ORDER BY place
 """)
@@ -323,25 +345,31 @@ ORDER BY c.place"""
 
 
 # If a crash loses a claim, the job is queued as before (ADR 63). Its next claim then gets the same attempt.
-CLAIM = text(f"WITH {_ranked(CLAIMABLE)}," + claimed(_locked_in_order(CLAIMABLE), joined=UNSYNCED))
+CLAIM = text(f"WITH {ranked(CLAIMABLE)}," + claimed(locked_in_order(CLAIMABLE), joined=UNSYNCED))
 
 # Claims the jobs that are named, in this order; those that others have locked or that may not run any more are left.
 CLAIM_THESE = text(
     "WITH ranked AS (SELECT * FROM unnest(CAST(:ids AS uuid[])) WITH ORDINALITY AS r(id, place)),"
-    + claimed(_locked_in_order(f"j.model = :model AND {CLAIMABLE}"))
+    + claimed(locked_in_order(f"j.model = :model AND {CLAIMABLE}"))
 )
 
 # The heads of the tenants' queues in the order of claims, as far as they would be read for a claim of :limit jobs.
 NEXT_IN_TURN = text(f"""
-WITH {_ranked(CLAIMABLE)}
-SELECT r.id, j.tenant_id, t.weight, {NUM_SEQUENCES} AS num_sequences
-FROM ranked r JOIN jobs j USING (id) JOIN tenants t ON t.id = j.tenant_id
-ORDER BY r.place
+WITH {ranked(CLAIMABLE)}
+SELECT r.id, j.tenant_id, {NUM_SEQUENCES} AS num_sequences FROM ranked r JOIN jobs j USING (id) ORDER BY r.place
 """)
 
 RUNNING_BY_TENANT = text(f"""
-SELECT j.tenant_id, t.weight, sum({NUM_SEQUENCES})::int AS num_running FROM jobs j JOIN tenants t ON t.id = j.tenant_id
-WHERE j.status = 'in_progress' AND j.model = :model GROUP BY j.tenant_id, t.weight
+SELECT j.tenant_id, sum({NUM_SEQUENCES})::int AS num_running FROM jobs j
+WHERE j.status = 'in_progress' AND j.model = :model GROUP BY j.tenant_id
+""")
+
+# What tenants have received per weight: what they were charged, without what their running jobs have not taken yet.
+RECEIVED = text(f"""
+WITH {UNUSED}
+SELECT l.tenant_id, t.weight, l.virtual_time - coalesce(u.num_tokens, 0) / t.weight AS tokens
+FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id LEFT JOIN unused u USING (tenant_id)
+WHERE l.tenant_id = ANY(CAST(:tenant_ids AS uuid[]))
 """)
 
 TAKE_SHARING_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended('celeriac shares of ' || :model, 0))")

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from domain.eta import Errors, Load, Pace
 from domain.jobs import MIN_PRIORITY, WaitingJob, first_id
 from storage.job_queues import TOKENS_LEFT, WAITING_JOB, read_waiting_job
-from storage.job_statements import CHARGE, CLOCK, RANK
+from storage.job_statements import CHARGE, CLOCK, EXCESS, FAIR_TIME, RANK
 
 NUM_NEWEST = 256  # records of a model; further back, the load was another
 
@@ -57,8 +57,10 @@ def read(session: Session, models: Sequence[str]) -> dict[str, Pace]:
     }
 
 
-STANDINGS = text("""
-SELECT l.tenant_id, l.virtual_time, t.weight, l.num_running FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id
+STANDINGS = text(f"""
+WITH {EXCESS}
+SELECT l.tenant_id, {FAIR_TIME} AS virtual_time, t.weight, l.num_running
+FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id LEFT JOIN excess e ON e.tenant_id = l.tenant_id
 WHERE l.num_queued + l.num_running > 0
 """)
 

@@ -30,6 +30,7 @@ class Shares:
 
     num_running: Mapping[UUID, int]  # sequences, each of which takes a slot
     weights: Mapping[UUID, float]
+    received: Mapping[UUID, float]  # tokens per weight, of all models, without what running jobs may still take
     waiting: Sequence[NextJob] = ()  # in the order of claims
 
 
@@ -40,12 +41,15 @@ def look(session: Session, model: str, *, model_revision: str, limit: int) -> Sh
         return None
     waiting = session.execute(sql.NEXT_IN_TURN, _claimable(model, model_revision) | extent(limit)).all()
     if not waiting:
-        return Shares({}, {})
+        return Shares({}, {}, {})
     running = session.execute(sql.RUNNING_BY_TENANT, {"model": model}).all()
+    tenant_ids = list({row.tenant_id for row in (*running, *waiting)})
+    tenants = {row.tenant_id: row for row in session.execute(sql.RECEIVED, {"tenant_ids": tenant_ids})}
     return Shares(
         num_running={row.tenant_id: row.num_running for row in running},
-        weights={row.tenant_id: row.weight for row in (*running, *waiting)},
-        waiting=[NextJob(row.id, row.tenant_id, row.num_sequences) for row in waiting],
+        weights={tenant_id: row.weight for tenant_id, row in tenants.items()},
+        received={tenant_id: row.tokens for tenant_id, row in tenants.items()},
+        waiting=[NextJob(row.id, row.tenant_id, row.num_sequences) for row in waiting if row.tenant_id in tenants],
     )
 
 

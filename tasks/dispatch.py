@@ -99,6 +99,16 @@ def _let_lines_in(session: Session, model: str, *, share: int, free: int) -> lis
     return jobs.let_lines_in(session, model, limit=min(free, share - num_outstanding))
 
 
+def raise_overdue_lines(sessions: sessionmaker[Session], spec: ModelEntry, settings: Settings) -> None:
+    """Let lines of batches in that have yielded long enough, although others wait; within the share of all lines."""
+    with sessions.begin() as session:
+        batch_ids = batch_lines.overdue(session, spec.id)
+        if not batch_ids or (num_outstanding := batch_lines.count_outstanding(session, spec.id)) is None:
+            return
+        share = batch_share(settings, _count_ready_slots(workers.list_live(session, model=spec.id)))
+        batch_lines.raise_lines(session, spec.id, batch_ids, limit=share - num_outstanding)
+
+
 def count_waiting(client: redis.Redis, queue: str) -> int:
     """Count the messages in the lists of one queue."""
     pipeline = client.pipeline(transaction=False)

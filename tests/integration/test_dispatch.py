@@ -5,7 +5,8 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -16,14 +17,16 @@ import redis.asyncio
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog, ModelSpec
-from domain.jobs import BATCH_PRIORITY, JobStatus, WorkerState, external_id, new_id
+from domain.jobs import BATCH_PRIORITY, BatchStatus, JobStatus, WorkerState, external_id, new_id
 from local.servers import EmbeddedRedis
 from settings import Settings
-from storage import workers
+from storage import batch_lines, jobs, workers
 from storage.database import async_session_factory, open_async_database
+from storage.files import Batch, BatchLine
 from storage.tables import Job
-from tasks.dispatch import BROKER_DEADLINE_SECONDS, Dispatcher, count_waiting, dispatch, send
+from tasks.dispatch import BROKER_DEADLINE_SECONDS, Dispatcher, count_waiting, dispatch, raise_overdue_lines, send
 from tasks.messages import MAX_RINGS, bell_key, revoke_channel
+from tests.conftest import MakeTenant
 from tests.integration.consumer_harness import MakePlant, make_plant
 from tests.waiting import slowness, wait_until
 
@@ -107,6 +110,66 @@ def test_there_are_no_more_messages_than_jobs(
     make_job(committed_sequence_number=1, model_revision="that nobody serves")
     assert dispatch(session_factory, client, SPEC, SETTINGS) == 1
     assert dispatch(session_factory, client, SPEC, SETTINGS) == 0
+
+
+@pytest.mark.parametrize("num_dispatches", [0, 1], ids=["held", "let in before"])
+@pytest.mark.parametrize(
+    ("window_hours", "age_minutes", "is_overdue"),
+    [(1, 14, False), (1, 16, True), (24, 195, False), (24, 205, True), (168, 205, True)],
+)
+def test_a_batch_yields_to_a_neighbours_endless_jobs_for_a_part_of_its_window(
+    session_factory: sessionmaker[Session],
+    make_job: MakeJob,
+    make_tenant: MakeTenant,
+    *,
+    num_dispatches: int,
+    window_hours: int,
+    age_minutes: int,
+    is_overdue: bool,
+) -> None:
+    """More of them wait than there are messages, so that there is never room for a line."""
+    heartbeat(session_factory, 4)
+    noisy, quiet = make_tenant(), make_tenant()
+    for _ in range(3 * SETTINGS.dispatch_window_min):
+        make_job(tenant_id=noisy.id, model=SPEC.id)
+    lines = [
+        make_job(tenant_id=quiet.id, model=SPEC.id, priority=BATCH_PRIORITY, num_dispatches=num_dispatches).id
+        for _ in range(5)
+    ]
+    created_at = datetime.now(UTC) - timedelta(minutes=age_minutes)
+    with session_factory.begin() as session:
+        add_batch(session, quiet.id, lines, created_at=created_at, window=timedelta(hours=window_hours))
+    raise_overdue_lines(session_factory, SPEC, SETTINGS)
+    with session_factory.begin() as session:
+        running = jobs.claim(session, SPEC.id, limit=4, owner=uuid4(), model_revision="main", lease_seconds=60)
+        served = [job.id for job in running if job.id in lines]
+        assert len(served) == (2 if is_overdue else 0), "as any other tenant's jobs"
+    with session_factory.begin() as session:
+        outstanding = batch_lines.num_outstanding(session, SPEC.id)
+        assert outstanding == (5 if num_dispatches else 3 if is_overdue else 0), "within the share of all lines"
+
+
+def add_batch(
+    session: Session, tenant_id: UUID, job_ids: Sequence[UUID], *, created_at: datetime, window: timedelta
+) -> None:
+    batch = Batch(
+        id=new_id(),
+        tenant_id=tenant_id,
+        status=BatchStatus.IN_PROGRESS,
+        endpoint="/v1/completions",
+        input_file_id=new_id(),
+        completion_window="24h",
+        batch_metadata={},
+        output_ttl_seconds=60,
+        model=SPEC.id,
+        created_at=created_at,
+        expires_at=created_at + window,
+    )
+    session.add(batch)
+    session.flush()
+    for number, job_id in enumerate(job_ids):
+        place = {"first_byte": number, "num_bytes": 1, "prefix_hash": 0}
+        session.add(BatchLine(batch_id=batch.id, line=number, custom_id=str(number), job_id=job_id, **place))
 
 
 def test_a_message_that_is_lost_is_sent_again_at_the_next_look(

@@ -88,13 +88,13 @@ class TestOrder:
         """Two steps are a lead of 2,000 tokens. After that, the shares are as without."""
         urgent, other = make_tenant(max_priority=2), make_tenant()
         tenant_by_job = {
-            make_job(tenant_id=tenant.id, priority=10, cost=500).id: tenant.id
+            make_job(tenant_id=tenant.id, priority=10, cost=250).id: tenant.id
             for _ in range(20)
             for tenant in (urgent, other)
         }
-        order = [tenant_by_job[job_id] for _ in range(20) for job_id in next_jobs(session, 1)]
-        assert order[:4] == [urgent.id] * 4
-        assert 7 <= Counter(order[4:])[other.id] <= 9
+        order = [tenant_by_job[job_id] for _ in range(24) for job_id in next_jobs(session, 1)]
+        assert order[:8] == [urgent.id] * 8
+        assert 7 <= Counter(order[8:])[other.id] <= 9
 
     def test_a_lead_does_not_put_a_new_job_before_an_old_one_of_its_tenant(
         self, session: Session, make_job: MakeJob, make_tenant: MakeTenant
@@ -128,6 +128,23 @@ class TestOrder:
             running += next_jobs(session, 1)
         shares = [received[tenant_id] / weight for tenant_id, weight in tenants.items()]
         assert sum(shares) ** 2 / (len(shares) * sum(share**2 for share in shares)) >= 0.95  # Jain's index
+
+    def test_a_long_job_that_runs_does_not_put_its_tenant_behind_all_others(
+        self, session: Session, make_job: MakeJob, make_tenant: MakeTenant
+    ) -> None:
+        """What it may still take counts when it takes it. So does what an ended one has not taken."""
+        patient, brisk = make_tenant(), make_tenant()
+        long = [make_job(tenant_id=patient.id, max_tokens=100_000, cost=100_003).id for _ in range(3)]
+        [first] = next_jobs(session, 1)
+        assert first == long[0]
+        short = [make_job(tenant_id=brisk.id, max_tokens=97, cost=100).id for _ in range(20)]
+        assert next_jobs(session, 1) == short[:1]
+        ahead = [*next_jobs(session, 1), *next_jobs(session, 1)]
+        assert ahead == short[1:3], "the long one counts for a little more than the next short ones"
+        assert next_jobs(session, 1) == long[1:2]
+        session.execute(update(Job).where(Job.id == first).values(num_committed_tokens=1000))
+        session.commit()
+        assert next_jobs(session, 6) == short[3:9], "by now it has taken more"
 
     def test_batch_lines_run_when_no_other_job_waits(
         self, session: Session, make_job: MakeJob, make_tenant: MakeTenant

@@ -10,7 +10,7 @@ from domain.jobs import FinishReason
 from gpu_worker.batch import RunningBatch
 from gpu_worker.commits import FlushPacer
 from gpu_worker.engine_process.frames import EngineStats, StepDone
-from gpu_worker.pausing import Candidate, Exchange, candidates, choose
+from gpu_worker.pausing import NUM_TURNS, Candidate, Exchange, candidates, choose
 from gpu_worker.quarantine import Quarantine
 from settings import Settings
 from storage.shares import NextJob, Shares
@@ -19,18 +19,26 @@ from tests.runner_parts import make_claimed, make_output, make_running
 A, B, C = (UUID(int=number) for number in (1, 2, 3))
 
 
+def seen(running: dict[UUID, int], waiting: list[NextJob], *, received: dict[UUID, float] | None = None) -> Shares:
+    """Of tenants of equal weight."""
+    tenants = {*running, *(job.tenant_id for job in waiting)}
+    return Shares(running, dict.fromkeys(tenants, 1.0), received or dict.fromkeys(tenants, 0.0), waiting)
+
+
 def exchanges(
     running: dict[UUID, int],
     waiting: list[UUID],
     *,
     weights: dict[UUID, float] | None = None,
+    received: dict[UUID, float] | None = None,
     num_quanta: float = 1.0,
 ) -> list[tuple[UUID, UUID]]:
     """Who takes a slot from whom, if this worker runs all jobs that run."""
     may_leave = [Candidate(uuid4(), tenant, 0, num_quanta) for tenant, number in running.items() for _ in range(number)]
     weights = {tenant: (weights or {}).get(tenant, 1.0) for tenant in {*running, *waiting}}
-    seen = Shares(running, weights, [NextJob(uuid4(), tenant) for tenant in waiting])
-    return [(job.tenant_id, one.tenant_id) for job, leaving in choose(seen, may_leave) for one in leaving]
+    received = {tenant: (received or {}).get(tenant, 0.0) for tenant in weights}
+    shares = Shares(running, weights, received, [NextJob(uuid4(), tenant) for tenant in waiting])
+    return [(job.tenant_id, one.tenant_id) for job, leaving in choose(shares, may_leave) for one in leaving]
 
 
 @pytest.mark.parametrize(
@@ -43,7 +51,6 @@ def exchanges(
         ({A: 2, B: 2}, [A, B], []),
         ({A: 3, B: 1}, [B, B], [(B, A)]),
         ({A: 3}, [B, B], [(B, A)]),  # half a slot more would be due, but no whole one
-        ({A: 1}, [B], [(B, A)]),  # more tenants than slots: they take turns
         ({A: 1, B: 1}, [A, B], []),  # who has a slot does not take another one's only one
         ({A: 64}, [B] * 100, [(B, A)] * 32),
     ],
@@ -59,53 +66,64 @@ def test_shares_are_by_weight() -> None:
     assert exchanges({A: 6}, [B] * 6, weights={A: 2, B: 1}) == [(B, A)] * 2
 
 
-def test_a_turn_lasts_longer_the_higher_the_weight() -> None:
-    heavy = {A: 3.0, B: 1.0}
-    assert exchanges({A: 1}, [B], weights=heavy, num_quanta=2.9) == []
-    assert exchanges({A: 1}, [B], weights=heavy, num_quanta=3.0) == [(B, A)]
-    assert exchanges({B: 1}, [A], weights=heavy, num_quanta=1.0) == [(A, B)]
+def test_a_slot_that_neither_is_due_all_the_time_goes_to_who_has_received_less() -> None:
+    ahead: dict[UUID, float] = {A: 100, B: 50}
+    assert exchanges({A: 2, B: 1}, [B, B], received=ahead) == [(B, A)], "and only one: then A has less than its share"
+    assert exchanges({A: 1, B: 2}, [A], received=ahead) == []
+    assert exchanges({A: 1}, [B], received=ahead) == [(B, A)], "more tenants than slots"
+    assert exchanges({A: 2, B: 2}, [B], received=ahead) == [], "both have what they are due"
+    by_weight: dict[UUID, float] = {A: 1, B: 2, C: 4}
+    assert exchanges({A: 1, B: 1, C: 2}, [C], weights=by_weight, received={A: 9, B: 1, C: 8}) == [(C, A)]
+    assert exchanges({B: 1, C: 3}, [A], weights=by_weight, received={A: 7, B: 9, C: 8}) == [(A, C)]
+
+
+def test_one_that_has_received_more_gets_a_turn_that_is_shorter_the_lower_its_weight() -> None:
+    heavy, ahead = {A: 3.0, B: 1.0}, {B: 50.0}
+    assert exchanges({A: 1}, [B], weights=heavy, received=ahead, num_quanta=3 * NUM_TURNS - 0.1) == []
+    assert exchanges({A: 1}, [B], weights=heavy, received=ahead, num_quanta=3 * NUM_TURNS) == [(B, A)]
+    assert exchanges({B: 1}, [A], weights=heavy, received={A: 50.0}, num_quanta=NUM_TURNS) == [(A, B)]
 
 
 def test_the_tenant_that_has_most_gives_first_or_the_one_that_has_run_longest() -> None:
     assert exchanges({A: 3, B: 5}, [C, C]) == [(C, B), (C, B)]
-    seen = Shares({A: 1, B: 1}, {A: 1.0, B: 1.0, C: 1.0}, [NextJob(uuid4(), C), NextJob(uuid4(), C)])
+    shares = seen({A: 1, B: 1}, [NextJob(uuid4(), C), NextJob(uuid4(), C)], received={A: 1.0, B: 1.0, C: 0.0})
     for order in (1, -1):
         may_leave = [Candidate(uuid4(), A, 0, 3.0), Candidate(uuid4(), B, 0, 2.0)][::order]
-        assert [one.tenant_id for _, leaving in choose(seen, may_leave) for one in leaving] == [A], "and only one"
+        assert [one.tenant_id for _, leaving in choose(shares, may_leave) for one in leaving] == [A], "and only one"
 
 
 def test_each_sequence_of_a_job_is_a_slot() -> None:
     """One job with eight sequences holds as much as eight jobs, and takes as much."""
-    weights = {A: 1.0, B: 1.0}
     wide, one = Candidate(uuid4(), A, 0, 1.0, num_sequences=8), NextJob(uuid4(), B)
-    assert choose(Shares({A: 8, B: 1}, weights, [one]), [wide]) == [], "its tenant runs something"
-    assert choose(Shares({A: 8}, weights, [one, one]), [wide]) == [(one, [wide])]
+    assert choose(seen({A: 8, B: 1}, [one], received={A: 1.0, B: 2.0}), [wide]) == [], "its tenant runs something"
+    assert choose(seen({A: 8, B: 1}, [one], received={A: 2.0, B: 1.0}), [wide]) == [(one, [wide])]
+    assert choose(seen({A: 8}, [one, one], received={A: 2.0, B: 1.0}), [wide]) == [(one, [wide])]
     narrow = [Candidate(uuid4(), A, 0, 1.0) for _ in range(8)]
-    [(_, leaving)] = choose(Shares({A: 8}, weights, [NextJob(uuid4(), B, num_sequences=3)]), narrow)
+    [(_, leaving)] = choose(seen({A: 8}, [NextJob(uuid4(), B, num_sequences=3)]), narrow)
     assert len(leaving) == 3
-    [(_, leaving)] = choose(Shares({A: 8}, weights, [NextJob(uuid4(), B, num_sequences=8)]), narrow)
+    [(_, leaving)] = choose(seen({A: 8}, [NextJob(uuid4(), B, num_sequences=8)]), narrow)
     assert len(leaving) == 4, "up to its share"
 
 
 def test_what_other_workers_run_counts_and_stays_there() -> None:
     """Here runs none of the tenant that has too much."""
-    seen = Shares({A: 7, B: 1}, {A: 1.0, B: 1.0, C: 1.0}, [NextJob(uuid4(), C)])
-    assert choose(seen, [Candidate(uuid4(), B, 0, 9.0)]) == []
-    [(_, [leaving])] = choose(seen, [Candidate(uuid4(), B, 0, 9.0), Candidate(uuid4(), A, 0, 1.0)])
+    shares = seen({A: 7, B: 1}, [NextJob(uuid4(), C)])
+    assert choose(shares, [Candidate(uuid4(), B, 0, 9.0)]) == []
+    [(_, [leaving])] = choose(shares, [Candidate(uuid4(), B, 0, 9.0), Candidate(uuid4(), A, 0, 1.0)])
     assert leaving.tenant_id == A
 
 
 def test_a_tenant_whose_jobs_have_just_ended_gives_nothing() -> None:
-    assert choose(Shares({A: 2}, {A: 1.0, B: 1.0}, [NextJob(uuid4(), B)]), [Candidate(uuid4(), C, 0, 1.0)]) == []
+    assert choose(seen({A: 2}, [NextJob(uuid4(), B)]), [Candidate(uuid4(), C, 0, 1.0)]) == []
 
 
 def test_the_least_urgent_job_leaves_and_of_equals_the_newest() -> None:
     low, old, new, high = (
         Candidate(UUID(int=number), A, priority, 1.0) for number, priority in enumerate((-1, 0, 0, 5))
     )
-    seen = Shares({A: 4}, {A: 1.0, B: 1.0}, [NextJob(uuid4(), B), NextJob(uuid4(), B)])
+    shares = seen({A: 4}, [NextJob(uuid4(), B), NextJob(uuid4(), B)])
     for may_leave in ([low, old, new, high], [high, new, old, low]):
-        assert [one for _, leaving in choose(seen, may_leave) for one in leaving] == [low, new]
+        assert [one for _, leaving in choose(shares, may_leave) for one in leaving] == [low, new]
 
 
 class TestWhichJobsMayLeave:
