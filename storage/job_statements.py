@@ -10,8 +10,8 @@ locked row, so a row that has changed in the meantime is left alone. Shared rule
 - A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge)` with the changes to the tenants'
   counters, and ends in COUNTED, which applies them. Job rows are locked first, then tenant_load in the order of
   tenant_id (accept has no existing job rows to lock), so that statements cannot deadlock.
-- Fairness charges a job's whole `cost` while it runs, and the tokens actually used once it has ended or waits again. The
-  order of claims overlooks most of what a running job has been charged and not taken (FAIR_TIME).
+- Fairness charges a job's whole `cost` while it runs, and the tokens actually used once it has ended or waits again.
+  The order of claims overlooks most of what a running job has been charged and not taken (FAIR_TIME).
 - Statements use `statement_timestamp()`, not `now()`, so that a lease does not get shorter if its transaction was open
   for a while.
 - The planner must not compare each of n ids with each of m rows, which it does when stale statistics claim that there
