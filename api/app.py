@@ -16,6 +16,7 @@ from api import (
     anthropic,
     anthropic_batches,
     durable_streams,
+    erasures,
     health,
     jobs,
     model_pulls,
@@ -97,6 +98,7 @@ ROUTERS = (
     health.public,
     admin.router,
     admin_keys.router,
+    erasures.router,
     model_pulls.router,
 )
 

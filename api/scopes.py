@@ -117,6 +117,9 @@ POST /v1/admin/tenants
 GET /v1/admin/tenants/{tenant}
 POST /v1/admin/tenants/{tenant}
 DELETE /v1/admin/tenants/{tenant}
+GET /v1/admin/tenants/{tenant}/erasures
+POST /v1/admin/tenants/{tenant}/erasures
+GET /v1/admin/tenants/{tenant}/erasures/{erasure_id}
 GET /v1/admin/keys
 POST /v1/admin/keys
 GET /v1/admin/keys/{key_id}

@@ -1,18 +1,22 @@
-"""What `celeriac tenants erase` does: step after step, each a transaction, until nothing of the user is left."""
+"""What `celeriac tenants erase` does: it asks for the erasure, and takes its steps itself, beside maintenance."""
 
-from collections.abc import Callable
+import time
 from typing import TYPE_CHECKING, Any
-from uuid import UUID
 
 import click
 
 from celeriac.access_options import transaction, user_here
-from domain.jobs import external_id
-from storage import administration, erasure
-from storage.erasure import Person, Step
+from dialects.erasures import erasure_view
+from maintenance.erasing import Eraser
+from storage import administration, erasures
+from storage.database import open_database
+from storage.erasure import Person
+from storage.erasures import Erasure
 
 if TYPE_CHECKING:
     from settings import Settings
+
+LOOK_SECONDS = 0.1  # while another process takes a step
 
 
 def person_of(metadata: str | None, key_id: str | None) -> Person:
@@ -27,47 +31,19 @@ def person_of(metadata: str | None, key_id: str | None) -> Person:
 
 
 def erase_person(settings: "Settings", tenant_name: str, person: Person) -> dict[str, Any]:
-    """How much was erased, and the ids of files that contain lines of this user and of others. Raises NotFound."""
-    with transaction(settings) as session:
-        tenant_id = administration.find_tenant(session, tenant_name).id
-    of_batches = _all_steps(settings, tenant_id, person, erasure.erase_batches)
-    of_jobs = _all_steps(settings, tenant_id, person, erasure.erase_jobs)
-    of_conversations = _all_steps(settings, tenant_id, person, erasure.erase_conversations)
-    erased: dict[str, Any] = {
-        "jobs": sum(step.num_erased for step in of_jobs),
-        "batches": sum(step.num_erased for step in of_batches),
-        "conversations": sum(step.num_erased for step in of_conversations),
-        "unfinished_batches": sum(step.num_unfinished for step in of_batches),
-    }
-    if settings.archive_url:
-        erased["archived_jobs"] = _erase_archived(settings, tenant_id, person)
-    by = {"key_id": person.key_id} if person.metadata is None else {"metadata": person.metadata[0]}
+    """The erasure, which is over, or waits for batches to stop or for the archive. Raises NotFound."""
     with transaction(settings) as session:
         tenant = administration.find_tenant(session, tenant_name)
-        administration.note_erasure(session, tenant, by | erased, actor=user_here())
-        batch_ids = frozenset[UUID]().union(*(step.batch_ids for step in of_jobs))
-        file_ids = erasure.files_of_others(session, batch_ids, person)
-    return erased | {"files_to_delete": [external_id(id_, "file") for id_ in file_ids]}
-
-
-def _erase_archived(settings: "Settings", tenant_id: UUID, person: Person) -> int:
-    """After the jobs in the database, of which none can be archived any more then."""
-    from maintenance.archive import erase_archived
-    from storage.database import open_database
-
-    assert settings.archive_url is not None
+        erasure_id = erasures.ask(session, tenant, person, actor=user_here()).id
     database = open_database(settings.database_url)
+    eraser = Eraser(database, settings.archive_url)
     try:
-        return erase_archived(database, settings.archive_url, tenant_id, person)
+        while True:
+            step = eraser.take_step(erasure_id)
+            with transaction(settings) as session:
+                erasure = session.get_one(Erasure, erasure_id)
+                if erasure.is_done or erasure.error or (step is not None and erasure.is_waiting):
+                    return dict(erasure_view(erasure))
+            time.sleep(LOOK_SECONDS if step is None else 0)
     finally:
         database.dispose()
-
-
-def _all_steps(settings: "Settings", tenant_id: UUID, person: Person, erase: Callable[..., Step]) -> list[Step]:
-    steps: list[Step] = []
-    after: UUID | None = erasure.FIRST
-    while after is not None:
-        with transaction(settings) as session:
-            steps.append(erase(session, tenant_id, person, after=after))
-        after = steps[-1].after
-    return steps

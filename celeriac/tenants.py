@@ -158,8 +158,9 @@ def erase(name: str, metadata: str | None, key_id: str | None, as_json: bool) ->
     """Erase all that one user of the tenant NAME has asked for and got.
 
     Jobs go with their input and output, batches with their files, conversations with their items; usage records stay.
-    Batches that run are asked to stop: repeat the command when they have. Files with lines of the user
-    and of others are named, to be deleted by hand.
+    Batches that run are asked to stop, and maintenance erases them when they have. Files with lines of the user and of
+    others are named, to be deleted by hand. Interrupted, it goes on by itself; repeating the command shows how far it
+    is.
 
     \b
     celeriac tenants erase research --metadata user=u-4711
@@ -175,7 +176,9 @@ def erase(name: str, metadata: str | None, key_id: str | None, as_json: bool) ->
     counts = "{jobs} jobs, {batches} batches and {conversations} conversations".format_map(erased)
     click.echo(f"Erased {counts}.")
     if erased["unfinished_batches"]:
-        click.echo(f"{erased['unfinished_batches']} batches are stopping; repeat the command when they have ended.")
+        click.echo(f"{erased['unfinished_batches']} batches are stopping; maintenance erases them when they have.")
+    if erased["error"]:
+        click.echo(f"Maintenance tries the rest again: {erased['error']}")
     if erased["files_to_delete"]:
         click.echo(f"These files also contain lines of others: {' '.join(erased['files_to_delete'])}")
 

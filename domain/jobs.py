@@ -31,6 +31,7 @@ SEPARATOR_BY_PREFIX_OF_OTHERS = {
     "batch": "_",
     "batch_req": "_",
     "conv": "_",
+    "erasure": "_",
     "msgbatch": "_",
     "evt": "_",
     "file": "-",

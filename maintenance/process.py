@@ -1,4 +1,4 @@
-"""The maintenance process: janitor, batches, webhooks and pulls of models, and a port for health and metrics.
+"""The maintenance process: janitor, batches, webhooks, pulls of models and erasures, and a port for health and metrics.
 
 The clocks are tasks of one event loop. Blocking work runs on each clock's own thread, so a clock that hangs or fails
 does not stop the others. None of them needs Redis to tick. Any number of these processes may run, since rows are
@@ -37,6 +37,7 @@ from domain.troubles import Trouble
 from maintenance.archive import Archiver
 from maintenance.batches import BatchWork
 from maintenance.callbacks import CallbackPublisher
+from maintenance.erasing import Eraser
 from maintenance.janitor import Janitor
 from maintenance.model_pulls import ModelPuller
 from maintenance.webhooks import WebhookSender
@@ -110,10 +111,12 @@ class Maintenance:
         )
         batches = BatchWork(session_factory(sync_database), views, settings, on_turn=self.batches.tick)
         puller = ModelPuller(session_factory(sync_database))
+        eraser = Eraser(sync_database, settings.archive_url)
         work = [
             asyncio.create_task(self._keep_ticking(self.janitor.name, janitor.tick)),
             asyncio.create_task(self._keep_ticking(self.batches.name, batches.tick, at_the_end=batches.close)),
             asyncio.create_task(self._keep_ticking("model-pulls", puller.tick, at_the_end=puller.close)),
+            asyncio.create_task(self._keep_ticking("erasures", eraser.tick)),
             asyncio.create_task(self._keep_sending(sessions)),
             asyncio.create_task(self._keep_telling(sessions)),
         ]

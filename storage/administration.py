@@ -174,9 +174,9 @@ def delete_tenant(session: Session, name: str, *, actor: str) -> None:
     _note(session, actor, "tenant.delete", name)
 
 
-def note_erasure(session: Session, tenant: Tenant, what: Mapping[str, Any], *, actor: str) -> None:
-    """`what` says how much was erased and by which key or name of metadata, not whose it was."""
-    _note(session, actor, "tenant.erase", tenant.name, changes=what)
+def note_erasure(session: Session, action: str, tenant: str, what: Mapping[str, Any], *, actor: str) -> None:
+    """`what` says by which key or name of metadata, and at the end how much was erased, but not whose it was."""
+    _note(session, actor, action, tenant, changes=what)
 
 
 def note_pull(session: Session, action: str, model: str, what: Mapping[str, Any], *, actor: str) -> None:

@@ -158,6 +158,8 @@ def test_the_published_schema_knows_every_route(http: httpx.Client) -> None:
         "/v1/admin/queue",
         "/v1/admin/tenants",
         "/v1/admin/tenants/{tenant}",
+        "/v1/admin/tenants/{tenant}/erasures",
+        "/v1/admin/tenants/{tenant}/erasures/{erasure_id}",
         "/v1/admin/workers/{hostname}/drain",
         "/v1/admin/workers/{hostname}/resume",
         "/v1/batches",

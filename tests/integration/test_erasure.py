@@ -6,20 +6,25 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import pytest
 from click.testing import CliRunner
-from sqlalchemy import select, text, update
+from sqlalchemy import Engine, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from celeriac import cli
 from domain.jobs import BatchStatus, JobStatus, external_id
 from domain.requests import GenerationRequest, TokenChunk
-from settings import get_settings
-from storage import batches, conversations, erasure
+from maintenance.erasing import Eraser
+from settings import Settings, get_settings
+from storage import administration, batches, conversations, erasure, erasures
+from storage.erasure import Person
+from storage.erasures import Erasure
 from storage.files import Batch
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobPayload, JobResult, KnownAnswer
 from storage.webhooks import WebhookDelivery
 from tests.conftest import MakeJob
+from tests.integration.api_harness import ApiServer
 from tests.storage_samples import result
 
 TABLES = "SELECT relname FROM pg_class WHERE relkind = 'r' AND relnamespace = 'public'::regnamespace"
@@ -40,6 +45,11 @@ def erase(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, database_url: str) ->
 
     yield run
     get_settings.cache_clear()
+
+
+@pytest.fixture
+def settings(database_url: str, redis_url: str) -> Settings:
+    return Settings(database_url=database_url, redis_url=redis_url)
 
 
 @pytest.fixture
@@ -101,15 +111,18 @@ def test_of_one_user_nothing_is_left_and_of_others_everything(
         before = traces(session, "bob")
         assert traces(session, "alice") == before
         assert len(before) > 10, "a user leaves traces in many tables"
-    counts = {"jobs": 3, "batches": 1, "conversations": 1, "unfinished_batches": 0}
-    assert erase("--metadata", "user=alice") == counts | {"files_to_delete": []}
+    counts = {"jobs": 3, "batches": 1, "conversations": 1}
+    erased = erase("--metadata", "user=alice")
+    assert erased.items() >= (counts | {"status": "completed", "metadata": "user", "unfinished_batches": 0}).items()
+    assert erased["files_to_delete"] == []
     with session_factory.begin() as session:
         left = traces(session, "alice")
         assert left.pop("usage_records") == 2, "counts stay, with the id of the key: of the queued and the running job"
         assert left == {}
         assert traces(session, "bob") == before
-        [entry] = session.execute(text("SELECT action, changes FROM audit_log")).all()
-        assert (entry.action, entry.changes) == ("tenant.erase", counts | {"metadata": "user"})
+        asked, done = session.execute(text("SELECT action, changes FROM audit_log ORDER BY id")).all()
+        assert (asked.action, asked.changes) == ("tenant.erase", {"metadata": "user"})
+        assert (done.action, done.changes) == ("tenant.erased", counts | {"metadata": "user"})
 
 
 def test_a_key_identifies_jobs_and_batches_and_running_batches_are_stopped_first(
@@ -122,7 +135,9 @@ def test_a_key_identifies_jobs_and_batches_and_running_batches_are_stopped_first
         assert session.get_one(Batch, batch_id).status is BatchStatus.CANCELLING
         end_batches(session)
     again = erase("--key", "keyalice")
-    assert (again["jobs"], again["batches"], again["unfinished_batches"]) == (0, 1, 0)
+    assert again["id"] == first["id"], "it goes on"
+    assert (again["jobs"], again["batches"], again["unfinished_batches"]) == (3, 1, 0)
+    assert erase("--key", "keyalice")["id"] != first["id"], "which had ended"
 
 
 def test_files_that_also_contain_lines_of_others_are_named(
@@ -146,6 +161,73 @@ def test_a_large_erasure_takes_many_short_steps(
     assert erase("--metadata", "user=alice")["jobs"] == 9
     with session_factory() as session:
         assert {row.job_metadata["user"] for row in session.scalars(select(Job))} == {"bob"}
+
+
+ERASURES = "/v1/admin/tenants/default/erasures"
+
+
+def test_an_erasure_asked_for_over_http_is_done_by_maintenance(
+    store: Callable[[str], UUID], session_factory: sessionmaker[Session], database: Engine, settings: Settings
+) -> None:
+    store("alice")
+    store("bob")
+    with session_factory() as session:
+        before = traces(session, "bob")
+    eraser = Eraser(database, None)
+    with ApiServer(settings) as server, httpx.Client(base_url=server.url) as http:
+        asked = http.post(ERASURES, json={"metadata": {"user": "alice"}})
+        assert (asked.status_code, asked.json()["status"]) == (202, "running")
+        assert http.post(ERASURES, json={"metadata": {"user": "alice"}}).json()["id"] == asked.json()["id"]
+        place = f"{ERASURES}/{asked.json()['id']}"
+        while eraser.take_step() is not None:
+            pass
+        stopping = http.get(place).json()
+        assert (stopping["status"], stopping["jobs"], stopping["unfinished_batches"]) == ("running", 3, 1)
+        with session_factory.begin() as session:
+            end_batches(session)
+            session.execute(text("UPDATE erasures SET due_at = now()"))
+        while eraser.take_step() is not None:
+            pass
+        done = http.get(place).json()
+        assert (done["status"], done["batches"], done["conversations"]) == ("completed", 1, 1)
+        assert http.get(ERASURES).json()["data"] == [done]
+    with session_factory() as session:
+        assert traces(session, "alice").keys() == {"usage_records"}
+        assert traces(session, "bob") == before
+
+
+def test_an_archive_that_is_away_is_tried_again(
+    store: Callable[[str], UUID], session_factory: sessionmaker[Session], database: Engine
+) -> None:
+    with session_factory.begin() as session:
+        tenant = administration.find_tenant(session, "default")
+        asked = erasures.ask(session, tenant, Person(key_id="x"), actor="me")
+        session.flush()
+        asked.step = "archive"
+    assert Eraser(database, None).take_step() is not None
+    with session_factory() as session:
+        [left] = session.scalars(select(Erasure))
+        assert "CELERIAC_ARCHIVE_URL" in (left.error or "")
+        assert not left.is_done
+    assert Eraser(database, None).take_step() is None, "until it is due"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, None),
+        ({"key_id": "a", "metadata": {"b": "c"}}, None),
+        ({"metadata": {}}, "metadata"),
+        ({"user": 1}, "user"),
+    ],
+)
+def test_a_request_says_whose_and_nothing_else(settings: Settings, body: dict[str, Any], param: str | None) -> None:
+    with ApiServer(settings) as server, httpx.Client(base_url=server.url) as http:
+        refused = http.post(ERASURES, json=body)
+        assert refused.status_code == 400
+        assert param is None or refused.json()["error"]["param"] == param
+        assert http.post("/v1/admin/tenants/nope/erasures", json={"key_id": "a"}).status_code == 404
+        assert http.get(f"{ERASURES}/erasure_nope").status_code == 404
 
 
 @pytest.mark.parametrize("arguments", [(), ("--metadata", "user"), ("--metadata", "a=b", "--key", "c")])

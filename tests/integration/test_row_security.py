@@ -46,6 +46,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "files": {"purpose": "batch", "status": "live"},
     "batches": {"status": "in_progress"},
     "webhook_deliveries": {"status": "pending"},
+    "erasures": {"step": "jobs"},
 }
 
 
