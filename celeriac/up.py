@@ -322,7 +322,8 @@ class Up:
 
     @property
     def _flower_url(self) -> str:
-        return f"http://{LOOPBACK}:{self._flower_port}"
+        prefix = os.environ.get("FLOWER_URL_PREFIX", "").strip("/")  # Flower's own; it answers nowhere else then
+        return f"http://{LOOPBACK}:{self._flower_port}" + (f"/{prefix}/" if prefix else "")
 
     def _health(self) -> dict[str, Any]:
         """The body of the API's /health; empty while the API does not answer."""

@@ -69,6 +69,10 @@ def load_services(environment: dict[str, str]) -> dict[str, Any]:
     return services
 
 
+#: Variables without a value in the file are those of whoever runs it.
+PASSED_ON = {"flower": {"FLOWER_URL_PREFIX": "flower"}, "api": {"CELERIAC_ROOT_PATH": "/celeriac"}}
+
+
 @dataclass
 class Stack:
     """The services as processes."""
@@ -99,7 +103,8 @@ class Stack:
 
     def environment(self, name: str) -> dict[str, str]:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("CELERIAC_")}
-        given = {name: self.here(str(value)) for name, value in self.services[name].get("environment", {}).items()}
+        named = self.services[name].get("environment", {}) | PASSED_ON.get(name, {})
+        given = {name: self.here(str(value)) for name, value in named.items() if value is not None}
         path = os.pathsep.join([str(Path(sys.executable).parent), inherited["PATH"]])
         return inherited | {"PATH": path, "CELERIAC_DATA_DIR": str(self.folder)} | given
 
@@ -175,7 +180,7 @@ def test_every_service_runs_by_its_own_command_and_health_check(stack: Stack) ->
     assert job["status"] == "completed", job
     assert job["usage"]["completion_tokens"] > 0
 
-    flower = f"http://127.0.0.1:{stack.flower_port}/workers"
+    flower = f"http://127.0.0.1:{stack.flower_port}/flower/workers"
     assert httpx.get(flower, timeout=30).status_code == 401
     assert httpx.get(flower, auth=("admin", "flower-secret"), timeout=30).status_code == 200
 

@@ -76,6 +76,7 @@ ELSEWHERE = {
     ("limits.md", "HTTP/1.1 429"): "an answer; tests/integration/test_limits.py",
     ("metrics.md", "triggers:"): "a part of a KEDA that is the reader's",
     ("operations.md", "location /celeriac/"): "needs nginx; tests/integration/test_root_path.py has a proxy like it",
+    ("operations.md", "example.com {"): "needs Caddy and a domain; the same proxy in another language",
     ("operations.md", "ACL SETUSER"): "tests/integration/test_redis_acl.py",
     ("operations.md", "aws s3 cp"): "needs a bucket with objects; tests/integration/test_archive.py has one",
     ("recipes.md", "export function follow"): "tests/conformance/node_web/browser.mjs",

@@ -21,6 +21,7 @@ from celeriac.access_options import LimitType
 from celeriac.client import Client, JobPage, JobSnapshot
 from celeriac.client.protocol import parse_events
 from celeriac.terminal import explain
+from celeriac.up import Up
 from domain.errors import ModelNotFound
 from local.lock import AlreadyUp, UpLock
 from settings import Settings, get_settings
@@ -262,6 +263,13 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_an_error_that_tells_users_what_to_do_needs_no_traceback() -> None:
     assert explain(AlreadyUp("stop it first")) == "stop it first"
     assert explain(ModelNotFound("there is no such model")) == "there is no such model"
+
+
+def test_up_tells_where_flower_is_behind_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    up = Up(Settings(flower_port=5555), with_first_job=False)
+    assert up._flower_url == "http://127.0.0.1:5555"
+    monkeypatch.setenv("FLOWER_URL_PREFIX", "/flower/")
+    assert up._flower_url == "http://127.0.0.1:5555/flower/"
 
 
 def test_flower_stays_on_this_machine_unless_it_asks_for_a_password(run: Any) -> None:
