@@ -16,15 +16,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import RequestTimeout, UnsupportedMediaType, json_response
+from api.known_bodies import ReadBody
 from api.limits import LARGE_BYTES
 from api.services import caller_of, services_of
 from dialects.bodies import Model, invalid_request, parse_model
-from dialects.fields import HintTree
+from dialects.fields import HintTree, ignored_fields_context, note_ignored
 from dialects.native import NO_NUL, IdempotencyKey, JobOptionFields, MetadataKey, MetadataValue
 from dialects.openai_views import REFERENCE, View, page
 from domain.catalog import Task
 from domain.errors import InvalidCursor, InvalidRequest
 from domain.jobs import FirstErrorModel, JobStatus, external_id, parse_id, parse_id_of_other
+from domain.requests import GenerationRequest
+from text.models import ModelView
 
 BODY_SECONDS = 30.0  # how long the whole body may take to arrive
 
@@ -47,6 +50,28 @@ async def read_for_model(
     require_json(request)
     default_model = services_of(request).catalog.default_id_for(task)
     return await off_loop(request, parse_model, await read_body(request), model, hints, default_model=default_model)
+
+
+async def read_generation(
+    request: Request,
+    content: bytes,
+    model: type[Model],
+    translate: Callable[[Model, ModelView], GenerationRequest],
+    hints: HintTree | None = None,
+) -> ReadBody[Model]:
+    """The body `content` of a request for one generation. A body without a `model` gets the installation's. Raises what
+    `parse_model` and `translate` do, ModelNotFound, ModelUnavailable and ServerOverloaded."""
+    services, tenant_id = caller_of(request)
+    default_model = services.catalog.default_id_for("generation")
+    key = (tenant_id, model, default_model, content)
+    known = services.known_bodies.find(key)
+    if known is not None and known.view is services.views.get(known.generation.model):
+        note_ignored(known.ignored)
+        return known
+    body: Any = await off_loop(request, parse_model, content, model, hints, default_model=default_model)
+    view = services.views.get(body.model)
+    generation = await off_loop(request, translate, body, view)
+    return ReadBody(key, body, generation, view, tuple(ignored_fields_context.get() or ()))
 
 
 async def off_loop(

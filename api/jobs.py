@@ -35,6 +35,7 @@ from api.inputs import (
     preferred_wait,
     query_parameters,
     read_body,
+    read_generation,
     read_query,
     require_json,
     stream_cursor,
@@ -43,7 +44,7 @@ from api.limits import size_of
 from api.model_queues import queue_headers
 from api.openapi import EVENTS, TEXT, request_body
 from api.root_path import link
-from api.services import Services, caller_of, private_router, stream_router
+from api.services import Services, caller_of, private_router, services_of, stream_router
 from api.sse import (
     EventStream,
 )
@@ -65,9 +66,9 @@ from dialects.native import (
     output_view,
 )
 from dialects.openai_views import DeletedView, page
-from domain.catalog import Catalog, Task
 from domain.errors import JobNotFound, JobNotRetryable
 from domain.jobs import FirstErrorModel, JobKind, JobStatus, external_id, parse_id
+from domain.requests import JobRequest
 from metrics import stream_resumes_total
 from observability import job_id_context
 from storage import job_queries, jobs
@@ -101,10 +102,7 @@ async def submit_job(request: Request) -> Response:
     """Answers 202 once the job is committed. With `Prefer: wait=N`, 200 and the result if it ends within N seconds."""
     services, tenant_id = caller_of(request)
     require_json(request)
-    content = await read_body(request)
-    body = await off_loop(request, _parse, content, services.catalog)
-    options = body.to_options(idempotency_key(request, body))
-    submitted = await services.submitter.submit(tenant_id, body.to_request(), options)
+    submitted = await _submit(request, await read_body(request))
     wait_seconds = preferred_wait(request.headers.get("prefer"))
     job_id = external_id(submitted.job_id)
     job_id_context.set(job_id)
@@ -121,10 +119,22 @@ async def submit_job(request: Request) -> Response:
     return answer_job(view, headers, pending_status=202)
 
 
-def _parse(content: bytes, catalog: Catalog) -> JobBody | EmbeddingJobBody:
-    body = body_class(content)
-    task: Task = "embedding" if body is EmbeddingJobBody else "generation"
-    return parse_model(content, body, default_model=catalog.default_id_for(task))
+async def _submit(request: Request, content: bytes) -> Submitted:
+    services = services_of(request)
+    if await off_loop(request, body_class, content) is EmbeddingJobBody:
+        default_model = services.catalog.default_id_for("embedding")
+        body = await off_loop(request, parse_model, content, EmbeddingJobBody, default_model=default_model)
+        return await _submit_body(request, body, body.to_request())
+    read = await read_generation(request, content, JobBody, lambda body, view: body.to_request())
+    submitted = await _submit_body(request, read.body, read.generation)
+    if submitted.record is not None:
+        services.known_bodies.note(read)
+    return submitted
+
+
+async def _submit_body(request: Request, body: JobBody | EmbeddingJobBody, asked: JobRequest) -> Submitted:
+    services, tenant_id = caller_of(request)
+    return await services.submitter.submit(tenant_id, asked, body.to_options(idempotency_key(request, body)))
 
 
 @router.get("/v1/jobs", **listing(JobListView, ListQuery))

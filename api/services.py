@@ -19,6 +19,7 @@ from starlette.requests import HTTPConnection, Request
 from api.authentication import REMEMBER_SECONDS, Authenticator, Credential
 from api.errors import database_unavailable
 from api.examiner import Examiner, open_examiner
+from api.known_bodies import KnownBodies
 from api.limits import (
     LargeWork,
     RequestPlaces,
@@ -101,6 +102,7 @@ class Services:
     write_turns: SharedTurns
     draining: Signal  # set on SIGTERM: no longer ready, and streams end
     frames: SharedFrames = field(default_factory=SharedFrames)
+    known_bodies: KnownBodies = field(default_factory=KnownBodies)
     background: set["asyncio.Task[None]"] = field(default_factory=set)  # the tasks of `spawn` that are not done
     delivered: list[UUID] = field(default_factory=list)  # jobs for `note_delivered`, while others are being written
     is_noting_delivered: bool = False

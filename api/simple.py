@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.inputs import off_loop, read_for_model
+from api.inputs import off_loop, read_body, read_for_model, read_generation, require_json
 from api.openai.answers import Framing, WholeAnswer, stream_answer
 from api.openai.running import Asked, answer_headers, start, start_all
 from api.openapi import EVENTS, request_body
@@ -30,6 +30,7 @@ from storage import job_queries
 from storage.job_queries import JobRecord
 from tasks.prepare import resolve_params
 from tasks.submit import request_hash
+from text.models import ModelView
 
 MAX_PROMPTS = 64
 CHAT_MAX_TOKENS = 100  # the default of /chat
@@ -90,6 +91,10 @@ class GenerateStreamBody(SimpleBody):
 class InferBody(SimpleBody):
     prompt: str
     use_cache: bool = True
+
+    def to_generation(self, view: ModelView) -> GenerationRequest:
+        """Raises InvalidRequest."""
+        return self.to_request({"prompt": self.prompt})
 
 
 class ChatBody(SimpleBody):
@@ -171,9 +176,10 @@ async def infer(request: Request) -> Response:
     """Continue a prompt within CELERIAC_REQUEST_TIMEOUT_SECONDS. A deterministic request may get the answer of an
     earlier job."""
     started = time.monotonic()
-    body = await read_for_model(request, InferBody)
     services, tenant_id = caller_of(request)
-    generation = body.to_request({"prompt": body.prompt})
+    require_json(request)
+    read = await read_generation(request, await read_body(request), InferBody, InferBody.to_generation)
+    body, generation = read.body, read.generation
     if (
         services.settings.response_cache == "off"
         and body.use_cache
@@ -195,6 +201,8 @@ async def infer(request: Request) -> Response:
         )
     except TooManyQueuedJobs as exc:
         raise ServerOverloaded(exc.message, retry_after_seconds=exc.retry_after_seconds) from exc
+    if run.record is not None:
+        services.known_bodies.note(read)
     run = replace(run, has_keep_alive=False)  # keep-alive would commit to a 200 before a timeout is known
     return WholeAnswer([run], lambda records: inferred(records[0]), timeout_seconds=timeout_seconds)
 

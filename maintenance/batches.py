@@ -35,8 +35,9 @@ from storage.files import Batch, BatchLine
 from storage.job_accept import Accepted, AcceptOutcome, NewJob
 from tasks import job_log
 from tasks.batch_files import read_ended, write_line
+from tasks.known_requests import ReadyRequest
 from tasks.prepare import RequestPreparer
-from tasks.submit import make_job, raise_refusal, request_hash
+from tasks.submit import fingerprint, make_job, raise_refusal, request_hash
 from text.models import ModelViews
 
 log = logging.getLogger(__name__)
@@ -280,15 +281,10 @@ class BatchWork:
                 raise asked.in_words(exc) from None
             view, options = self._views.get(asked.request.model), _options(batch, line, asked)
             key_id_context.set(batch.key_id)
-            return make_job(
-                batch.tenant_id,
-                asked.request,
-                options,
-                view,
-                prepared,
-                settings=self._settings,
-                asked=request_hash(asked.request, options),
-            )
+            mark = fingerprint(view.revision, prepared.prompt_token_ids, asked.request)
+            ready = ReadyRequest(prepared, mark, answer_key=None)
+            hashed = request_hash(asked.request, options)
+            return make_job(batch.tenant_id, options, view, ready, settings=self._settings, asked=hashed)
         except (CeleriacError, OSError, MemoryError, KeyboardInterrupt, SystemExit, asyncio.CancelledError):
             raise  # a refusal, or the machine is at fault, not the line
         except BaseException as exc:  # a panic in a Rust library is not an Exception

@@ -40,8 +40,8 @@ from storage.job_queries import JobRecord
 from tasks import job_log
 from tasks.accept import GroupAcceptor
 from tasks.answer_keys import answer_key
-from tasks.known_prompts import KnownPrompts
-from tasks.prepare import PreparedRequest, RequestPreparer
+from tasks.known_requests import KnownRequests, ReadyRequest
+from tasks.prepare import RequestPreparer
 from tasks.webhook_http import TargetGuard
 from text.models import ModelView, ModelViews
 
@@ -148,7 +148,7 @@ class Submitter:
         self._ring = ring
         self._estimate = estimate
         self._preparer = RequestPreparer(views)
-        self._known_prompts = KnownPrompts()
+        self._known = KnownRequests()
         self._webhook_guard = TargetGuard(settings)
 
     async def submit(
@@ -196,7 +196,10 @@ class Submitter:
             if accepted.outcome is AcceptOutcome.UNATTAINABLE:
                 raise unattainable(new_job)
             raise_refusal(accepted, options)
-        return self.conclude(new_job, accepted)
+        submitted = self.conclude(new_job, accepted)
+        if submitted.record is not None:
+            self._note_known(new_job, options)
+        return submitted
 
     def conclude(self, new_job: NewJob, accepted: Accepted) -> Submitted:
         """Call after the commit: logs and counts the submission, and lets workers know of a new job."""
@@ -205,7 +208,6 @@ class Submitter:
             job_log.accepted(new_job)
             if accepted.record is not None:
                 job_log.answered(new_job)
-                self._note_prompt(new_job)
             else:
                 self._ring(new_job.request.model_id, new_job.id)
         else:
@@ -217,12 +219,12 @@ class Submitter:
         created_at = accepted.created_at or datetime.now(UTC)
         return Submitted(accepted.job_id, is_new, created_at, new_job, cache, accepted.record, accepted.num_queued)
 
-    def _note_prompt(self, new_job: NewJob) -> None:
+    def _note_known(self, new_job: NewJob, options: JobOptions) -> None:
         """Unless the model has been replaced or removed since the request was prepared."""
         with suppress(CeleriacError):
             view = self._views.get(new_job.request.model)
             if view.revision == new_job.model_revision:
-                self._known_prompts.note(view, new_job.tenant_id, new_job.request_hash, new_job.prompt_token_ids)
+                self._known.note(view, (new_job.tenant_id, new_job.request_hash, options.use_cache), new_job)
 
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
         """The job to be accepted, all limits checked; nothing is committed. Raises the CeleriacError that says what is
@@ -231,19 +233,16 @@ class Submitter:
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url) or self._check_callback(options.callback)
         asked = request_hash(request, options)
-        known_ids = self._known_prompts.find(view, tenant_id, asked)
-        prepared = await self._preparer.prepare(request, tenant_id, known_ids)
-        return make_job(
-            tenant_id,
-            request,
-            options,
-            view,
-            prepared,
-            settings=self._settings,
-            asked=asked,
-            webhook_url=webhook_url,
-            key=answer_key(request, options, view, prepared, self._settings),
-        )
+        ready = self._known.find(view, (tenant_id, asked, options.use_cache))
+        if ready is None or not ready.is_same_again:
+            known_ids = None if ready is None else ready.prepared.prompt_token_ids
+            prepared = await self._preparer.prepare(request, tenant_id, known_ids)
+            ready = ReadyRequest(
+                prepared,
+                fingerprint(view.revision, prepared.prompt_token_ids, request),
+                answer_key(request, options, view, prepared, self._settings),
+            )
+        return make_job(tenant_id, options, view, ready, settings=self._settings, asked=asked, webhook_url=webhook_url)
 
     async def _check_webhook(self, url: str | None) -> str | None:
         """The URL in its stored form. Raises InvalidRequest."""
@@ -299,18 +298,16 @@ def counting_refusals(model: str) -> Iterator[None]:
 
 def make_job(
     tenant_id: UUID,
-    request: JobRequest,
     options: JobOptions,
     view: ModelView,
-    prepared: PreparedRequest,
+    ready: ReadyRequest,
     *,
     settings: Settings,
     asked: bytes,
     webhook_url: str | None = None,
-    key: bytes | None = None,
 ) -> NewJob:
-    """`request` is the one received, and `asked` its `request_hash`; `prepared` has every default filled in; `key` is
-    its `answer_key`."""
+    """`ready` is what was made of the request that was received, and `asked` its `request_hash`."""
+    prepared = ready.prepared
     return NewJob(
         id=new_id(),
         tenant_id=tenant_id,
@@ -323,7 +320,7 @@ def make_job(
         max_failures=settings.max_failures,
         result_ttl_seconds=options.result_ttl_seconds or settings.result_ttl_seconds,
         request_hash=asked,
-        fingerprint=fingerprint(view.revision, prepared.prompt_token_ids, request),
+        fingerprint=ready.fingerprint,
         idempotency_key=options.idempotency_key,
         priority=options.priority,
         deadline_at=deadline_of(options),
@@ -340,7 +337,7 @@ def make_job(
         traceparent=traceparent_context.get(),
         key_id=key_id_context.get(),
         is_limited=is_limited_context.get(),
-        answer_key=key,
+        answer_key=ready.answer_key,
     )
 
 

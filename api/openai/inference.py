@@ -15,7 +15,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.inputs import PageQuery, list_page, listing, off_loop, read_for_model, read_model, read_query
+from api.inputs import (
+    PageQuery,
+    list_page,
+    listing,
+    off_loop,
+    read_body,
+    read_for_model,
+    read_generation,
+    read_model,
+    read_query,
+    require_json,
+)
 from api.openai.answers import WholeAnswer, stream_answer, stream_answers
 from api.openai.running import Asked, start, start_all
 from api.openapi import request_body, streamed_or
@@ -79,10 +90,13 @@ router = private_router("OpenAI")
 )
 async def create_chat_completion(request: Request) -> Response:
     """A chat completion like OpenAI's. It is a job like any other: the `x-job-id` header has its id for /v1/jobs."""
-    body = await read_for_model(request, ChatCompletionBody, HINT_TREE)
-    view = services_of(request).views.get(body.model)
-    generation = await off_loop(request, to_generation_request, body, view)
+    require_json(request)
+    content = await read_body(request)
+    read = await read_generation(request, content, ChatCompletionBody, to_generation_request, HINT_TREE)
+    body, generation, view = read.body, read.generation, read.view
     run = await start(request, generation, _asked(body))
+    if run.record is not None:
+        run.services.known_bodies.note(read)
     ids = await off_loop(request, asked_ids, body, generation, view)
     if not body.stream:
         return WholeAnswer(

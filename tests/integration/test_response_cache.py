@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -12,6 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from api.queue_monitor import QueueMonitor
 from api.services import Services
 from domain.access import Limits
+from domain.errors import InvalidRequest
 from domain.jobs import JobError, JobStatus, external_id, parse_id
 from metrics import Process, registries
 from settings import Settings
@@ -156,6 +158,35 @@ def test_a_question_whose_answer_is_known_is_not_tokenized_again(
 def num_tokenized() -> float:
     """How many prompts this process, in which the API runs, has tokenized."""
     return registries[Process.API].get_sample_value("celeriac_tokenize_seconds_count", {"model": "large"}) or 0.0
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/chat/completions", "/api/v1/infer"])
+def test_a_body_whose_answer_is_known_is_not_read_again(
+    clients: tuple[httpx.Client, httpx.Client],
+    hand_worker: HandWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    path: str,
+) -> None:
+    client, other = clients
+    body = BODIES.get(path) or {"model": "large", "prompt": "abc", "params": GREEDY}
+    body = body | ({"presence_penalty": 0, "modalities": ["text"]} if path == "/v1/chat/completions" else {})
+    headers = {"x-on-disconnect": "continue"}
+    with suppress(httpx.ReadTimeout):
+        client.post(path, json=body, headers=headers, timeout=2)
+    run(hand_worker, client.get("/v1/jobs").json()["data"][0]["id"], "Hello")
+    hits = [client.post(path, json=body) for _ in range(2)]
+
+    def parse(*args: object, **fields: object) -> None:
+        raise InvalidRequest("read")
+
+    monkeypatch.setattr("api.inputs.parse_model", parse)
+    hits.append(client.post(path, json=body))
+    assert [hit.headers["x-celeriac-cache"] for hit in hits] == ["hit"] * 3
+    assert len({hit.headers["x-job-id"] for hit in hits}) == 3
+    assert len({hit.headers.get("x-ignored-fields") for hit in hits}) == 1
+    assert all("Hello" in hit.text for hit in hits)
+    for somebody, asked in ((other, body), (client, body | {"model": "tiny"})):
+        assert somebody.post(path, json=asked).status_code == 400
 
 
 def test_a_hit_joins_no_queue(

@@ -1,0 +1,55 @@
+"""Bodies whose answers are known: who sends the same bytes again is not read again.
+
+Only what the response cache has answered is kept, as in tasks/known_requests.py, and a tenant finds its own bodies
+only. What a body means depends on the model's files as well, and on which model is the default: of these, it is known
+how they were.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, Generic
+from uuid import UUID
+
+from pydantic import BaseModel
+
+from dialects.bodies import Model
+from domain.requests import GenerationRequest
+from text.models import ModelView
+
+MAX_BODIES = 256
+
+MAX_BYTES = 16_384  # of a body; so they take some ten megabytes at most
+
+Key = tuple[UUID, type[BaseModel], str | None, bytes]  # the tenant, the kind of body, the default model, the body
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBody(Generic[Model]):
+    """A body and what it asks for, from the model as `view` shows it."""
+
+    key: Key
+    body: Model
+    generation: GenerationRequest
+    view: ModelView
+    ignored: tuple[str, ...]  # the fields that the answer names as ignored
+
+
+class KnownBodies:
+    """Bound to one event loop."""
+
+    def __init__(self) -> None:
+        self._read: OrderedDict[Key, ReadBody[Any]] = OrderedDict()
+
+    def find(self, key: Key) -> ReadBody[Any] | None:
+        found = self._read.get(key) if len(key[-1]) <= MAX_BYTES else None  # hashing takes time by length
+        if found is not None:
+            self._read.move_to_end(key)
+        return found
+
+    def note(self, read: ReadBody[Any]) -> None:
+        """Its answer was known. Not if the body is long."""
+        if len(read.key[-1]) > MAX_BYTES:
+            return
+        self._read[read.key] = read
+        if len(self._read) > MAX_BODIES:
+            self._read.popitem(last=False)
