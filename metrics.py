@@ -54,7 +54,10 @@ for _registry in registries.values():
 
 
 class CountedHistogram(Histogram):
-    """A histogram that can observe many equal values at once."""
+    """A histogram that finds its bucket by bisection, and can observe many equal values at once."""
+
+    def observe(self, amount: float, exemplar: dict[str, str] | None = None) -> None:
+        self.observe_many(amount, 1)
 
     def observe_many(self, value: float, count: int) -> None:
         self._sum.inc(value * count)

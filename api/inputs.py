@@ -18,6 +18,7 @@ from starlette.responses import Response
 from api.errors import RequestTimeout, UnsupportedMediaType, json_response
 from api.known_bodies import ReadBody
 from api.limits import LARGE_BYTES
+from api.request_headers import header_of
 from api.services import caller_of, services_of
 from dialects.bodies import Model, invalid_request, parse_model
 from dialects.fields import HintTree, ignored_fields_context, note_ignored
@@ -86,7 +87,7 @@ async def off_loop(
 async def read_body(request: Request) -> bytes:
     """The whole body. Raises RequestTimeout if it takes longer than BODY_SECONDS, and ServerOverloaded if too many
     large ones of this tenant are arriving."""
-    announced = request.headers.get("content-length", "")
+    announced = header_of(request.scope, b"content-length") or ""
     if announced.isdigit() and int(announced) <= LARGE_BYTES:
         return await _whole_body(request)
     places = services_of(request).large_bodies
@@ -104,11 +105,11 @@ async def _whole_body(request: Request) -> bytes:
 
 
 def require_json(request: Request) -> None:
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    content_type = (header_of(request.scope, b"content-type") or "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         seen = f"Content-Type is {content_type[:64]!r}" if content_type else "Content-Type is missing"
         raise UnsupportedMediaType(f"{seen}; send JSON as application/json")
-    encoding = request.headers.get("content-encoding", "identity").lower()
+    encoding = (header_of(request.scope, b"content-encoding") or "identity").lower()
     if encoding != "identity":
         raise UnsupportedMediaType(f"Content-Encoding is {encoding[:32]!r}; send the body uncompressed")
 
@@ -274,7 +275,7 @@ class OutputQuery(QueryModel):
 
 def idempotency_key(request: Request, body: JobOptionFields) -> str | None:
     """From the header or the body. Raises InvalidRequest if it is malformed, or if the two differ."""
-    header = parse_idempotency_key(request.headers.get("idempotency-key"))
+    header = parse_idempotency_key(header_of(request.scope, b"idempotency-key"))
     if header is None:
         return body.idempotency_key
     if body.idempotency_key is not None and body.idempotency_key != header:

@@ -43,6 +43,7 @@ from api.inputs import (
 from api.limits import size_of
 from api.model_queues import queue_headers
 from api.openapi import EVENTS, TEXT, request_body
+from api.request_headers import header_of
 from api.root_path import link
 from api.services import Services, caller_of, private_router, services_of, stream_router
 from api.sse import (
@@ -103,7 +104,7 @@ async def submit_job(request: Request) -> Response:
     services, tenant_id = caller_of(request)
     require_json(request)
     submitted = await _submit(request, await read_body(request))
-    wait_seconds = preferred_wait(request.headers.get("prefer"))
+    wait_seconds = preferred_wait(header_of(request.scope, b"prefer"))
     job_id = external_id(submitted.job_id)
     job_id_context.set(job_id)
     if wait_seconds and submitted.record is None:

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from api.errors import error_dialect_context, error_response
 from api.limit_headers import anthropic_limit_headers, openai_limit_headers
 from api.model_queues import HEADER_BY_FIELD
+from api.request_headers import header_of
 from dialects.anthropic_errors import ANTHROPIC_ERRORS
 from dialects.errors import OPENAI_ERRORS, ErrorDialect
 from dialects.fields import HEADER, header_value, ignored_fields_context
@@ -137,8 +138,8 @@ class RequestContext:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        places = Headers(scope=scope).getlist("traceparent")
-        span = RequestSpan(places[0] if len(places) == 1 else None)
+        places = [value for name, value in scope["headers"] if name == b"traceparent"]
+        span = RequestSpan(places[0].decode("latin-1") if len(places) == 1 else None)
         request_id = f"req_{secrets.token_hex(12)}"
         token = request_id_context.set(request_id)
         submitted_job_ids.set([])
@@ -256,7 +257,7 @@ class BodyLimit:
             await self.app(scope, receive, send)
             return
         bound = self._max_body_bytes_by_path.get(scope["path"], self._max_body_bytes)
-        announced = Headers(scope=scope).get("content-length", "0")
+        announced = header_of(scope, b"content-length") or "0"
         if announced.isdigit() and int(announced) > bound:
             await error_response(_too_large(f"is {announced} bytes", bound))(scope, receive, send)
             return

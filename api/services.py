@@ -32,6 +32,7 @@ from api.openapi import NEEDS_KEY, REFUSALS
 from api.pools import MAX_READS, MAX_WRITES, open_pools
 from api.queue_monitor import QueueMonitor
 from api.reasons import installation_reasons
+from api.request_headers import header_of
 from api.routes import DirectRoute, Handler
 from api.scopes import scope_of
 from api.shared_frames import SharedFrames
@@ -430,8 +431,10 @@ def credential_in_headers(services: Services, connection: HTTPConnection) -> Cre
 
 def _authorization_of(connection: HTTPConnection) -> str | None:
     """Older clients of Anthropic's send the key in a header of its own."""
-    key = connection.headers.get("x-api-key")
-    return connection.headers.get("authorization") or (None if key is None else f"Bearer {key}")
+    if authorization := header_of(connection.scope, b"authorization"):
+        return authorization
+    key = header_of(connection.scope, b"x-api-key")
+    return None if key is None else f"Bearer {key}"
 
 
 def caller_of(request: Request) -> Caller:

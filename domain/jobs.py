@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from typing import Any
 from uuid import UUID
 
@@ -61,8 +62,13 @@ def external_id(id_: UUID, prefix: str = "job") -> str:
     separator = SEPARATOR_BY_PREFIX.get(prefix) or SEPARATOR_BY_PREFIX_OF_OTHERS.get(prefix)
     if separator is None:
         raise ValueError(f"no id has the prefix {prefix!r}; choose one of: {', '.join(SEPARATOR_BY_PREFIX)}")
+    return f"{prefix}{separator}{_ulid(id_)}"
+
+
+@lru_cache(maxsize=1024)  # a request writes the id of its job five times
+def _ulid(id_: UUID) -> str:
     value = id_.int
-    return f"{prefix}{separator}{''.join([_PAIRS[value >> shift & 1023] for shift in _SHIFTS])}"
+    return "".join([_PAIRS[value >> shift & 1023] for shift in _SHIFTS])
 
 
 def parse_id(text: str) -> UUID:

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -171,18 +171,31 @@ class GroupAcceptor:
 
     async def _accept(self, new_jobs: list[NewJob]) -> list[Accepted]:
         started = time.perf_counter()
-        async with self._sessions() as session:
-            if any(job.is_limited or job.answer_key is not None for job in new_jobs):
-                await session.connection(execution_options={"isolation_level": "READ COMMITTED"})  # a transaction
-            outcomes = await session.run_sync(self._accept_in, new_jobs)
-            await session.commit()
+        try:
+            outcomes = await self._transact(new_jobs, self._accept_and_answer)
+        except _NotAnswered as exc:
+            log.warning("jobs run although their answers may be known", extra={"reason": describe_exception(exc.cause)})
+            outcomes = await self._transact(new_jobs, self._accept_in)
         jobs_accept_seconds.observe(time.perf_counter() - started)
         jobs_accept_group_size.observe(len(new_jobs))
         return [_as_first_time(job.id, outcome) for job, outcome in zip(new_jobs, outcomes, strict=True)]
 
+    async def _transact(
+        self, new_jobs: list[NewJob], function: Callable[[Session, Sequence[NewJob]], list[Accepted]]
+    ) -> list[Accepted]:
+        async with self._sessions() as session:
+            if any(job.is_limited or job.answer_key is not None for job in new_jobs):
+                await session.connection(execution_options={"isolation_level": "READ COMMITTED"})  # a transaction
+            outcomes = await session.run_sync(function, new_jobs)
+            await session.commit()
+        return outcomes
+
     def _accept_in(self, session: Session, new_jobs: Sequence[NewJob]) -> list[Accepted]:
-        """Insert the jobs, and complete those whose answers are known. If that fails, they run."""
-        accepted = job_accept.accept(session, new_jobs, **self._bounds)
+        return job_accept.accept(session, new_jobs, **self._bounds)
+
+    def _accept_and_answer(self, session: Session, new_jobs: Sequence[NewJob]) -> list[Accepted]:
+        """Insert the jobs, and complete those whose answers are known. Raises _NotAnswered if that fails."""
+        accepted = self._accept_in(session, new_jobs)
         keyed = [
             job
             for job, outcome in zip(new_jobs, accepted, strict=True)
@@ -191,14 +204,20 @@ class GroupAcceptor:
         if not keyed:
             return accepted
         try:
-            with session.begin_nested():
-                records = answers.answer(session, keyed, max_age_seconds=self._answer_seconds)
+            records = answers.answer(session, keyed, max_age_seconds=self._answer_seconds)
         except DBAPIError as exc:
             if exc.connection_invalidated:
                 raise
-            log.warning("jobs run although their answers may be known", extra={"reason": describe_exception(exc)})
-            return accepted
+            raise _NotAnswered(exc) from exc
         return [replace(outcome, record=records.get(outcome.job_id)) for outcome in accepted]
+
+
+class _NotAnswered(Exception):
+    """Known answers could not be given, so the group is accepted again, to be run."""
+
+    def __init__(self, cause: DBAPIError) -> None:
+        super().__init__()
+        self.cause = cause
 
 
 @asynccontextmanager

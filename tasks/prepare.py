@@ -59,18 +59,7 @@ def prepare_generation(request: GenerationRequest, view: ModelView, prompt_token
     resolved = resolve_params(request, view, len(prompt_token_ids))
     assert resolved.max_tokens is not None
     assert resolved.seed is not None
-    whole = GenerationRequest.model_construct(
-        model=model_name(view.spec.id, request.adapter),
-        prompt=request.prompt,
-        messages=request.messages,
-        prompt_token_ids=request.prompt_token_ids,
-        tools=request.tools,
-        parallel_tool_calls=request.parallel_tool_calls,
-        continue_final_message=request.continue_final_message,
-        reasoning_effort=request.reasoning_effort,
-        chat_template_kwargs=request.chat_template_kwargs,
-        params=resolved,
-    )
+    whole = request.model_copy(update={"model": model_name(view.spec.id, request.adapter), "params": resolved})
     return PreparedRequest(whole, prompt_token_ids, None, resolved.max_tokens, resolved.seed)
 
 

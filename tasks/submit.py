@@ -191,7 +191,8 @@ class Submitter:
         with counting_refusals(new_job.request.model_id):
             note_submitted(external_id(new_job.id))
             accepted = await (accept or self._acceptor.accept)(new_job)
-            note_submitted(external_id(accepted.job_id))
+            if accepted.job_id != new_job.id:
+                note_submitted(external_id(accepted.job_id))
             note_standing(accepted.standing)
             if accepted.outcome is AcceptOutcome.UNATTAINABLE:
                 raise unattainable(new_job)
