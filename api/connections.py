@@ -108,7 +108,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._start_head()
+        self._start_head_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
@@ -124,11 +124,16 @@ class BoundedHttp(HttpToolsProtocol):
             return
         self._num_head_bytes += len(data)
         super().data_received(data)
-        if not self._is_refused and not self._is_head_complete and self._num_head_bytes > MAX_HEAD_BYTES:
+        if self._is_refused or self._is_head_complete:
+            return
+        if self._head_timer is None:
+            self._start_head_timer()  # not for each head, since most are complete by now
+        if self._num_head_bytes > MAX_HEAD_BYTES:
             self._refuse(431, f"the request line and headers have more than {MAX_HEAD_BYTES} bytes; send fewer")
 
     def on_message_begin(self) -> None:
-        self._start_head()
+        self._stop_head_timer()
+        self._is_head_complete = False
         if self.cycle is not None:
             self._num_head_bytes = 0  # what arrived in the same read may belong to the previous request
         super().on_message_begin()
@@ -180,9 +185,7 @@ class BoundedHttp(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         self._refuse(400, "not an HTTP request; send HTTP/1.1 or HTTP/1.0")
 
-    def _start_head(self) -> None:
-        self._stop_head_timer()
-        self._is_head_complete = False
+    def _start_head_timer(self) -> None:
         self._head_timer = self.loop.call_later(HEAD_SECONDS, self._close)
 
     def _stop_head_timer(self) -> None:

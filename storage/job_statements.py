@@ -18,7 +18,8 @@ locked row, so a row that has changed in the meantime is left alone. Shared rule
   are hardly any. Therefore unnest() is MATERIALIZED; locked rows are looked up only by id, and RETURNING passes on
   whatever the next step needs; and a status next to a join is written such that no partial index matches (RUNNING).
 
-Jobs, chunks and endings are passed in as arrays, one per column: `unnest` makes rows of them again.
+Chunks and endings are passed in as arrays, one per column: `unnest` makes rows of them again. New jobs, which have many
+columns, come as one JSON document, which costs the client a fifth of what their arrays did.
 """
 
 # ruff: noqa: S608  (only constants of this module are inserted into the text; values are bound)

@@ -293,7 +293,7 @@ class WholeAnswer(Response):
             return
         if not self._is_begun:
             self._is_begun = True
-            await _send_head(send, 200, self._head())
+            await _send_head(send, 200, _raw(self._head()))
         await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
 
     async def _whole_answer_after(self, ended: "asyncio.Task[None]") -> Response:
@@ -347,11 +347,14 @@ class WholeAnswer(Response):
 
     async def _send_answer(self, answer: Response, send: Send) -> None:
         if not self._is_begun:
-            headers = dict(answer.headers) | self._head()
+            headers = dict(answer.raw_headers) | _raw(self._head())
             await _send_head(send, answer.status_code, headers)
         await send({"type": "http.response.body", "body": answer.body, "more_body": False})
 
 
-async def _send_head(send: Send, status: int, headers: Mapping[str, str]) -> None:
-    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": status, "headers": raw})
+def _raw(headers: Mapping[str, str]) -> dict[bytes, bytes]:
+    return {name.encode("latin-1"): value.encode("latin-1") for name, value in headers.items()}
+
+
+async def _send_head(send: Send, status: int, headers: Mapping[bytes, bytes]) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": list(headers.items())})
