@@ -1,5 +1,7 @@
-"""Single headers of a request. Starlette's look-ups raise and catch an exception for each header that is not there, and
-a request is asked for a dozen."""
+"""Looks single headers of a request up.
+
+Starlette's look-ups raise and catch an exception for each header that is not there, and a request is asked for a dozen.
+"""
 
 from starlette.types import Scope
 
