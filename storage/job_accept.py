@@ -157,9 +157,10 @@ def _admit(
             outcomes[place] = outcome
         _give_back(admission, asking, outcomes, admitted)
     admission.charge(session)
+    standings = admission.standings_of([_asking(job) if job.is_limited else None for job in new_jobs])
     return [
-        _of_limits(outcome, refusals.get(place), admission.standing_of(_asking(job)) if job.is_limited else None)
-        for (place, outcome), job in zip(enumerate(outcomes), new_jobs, strict=True)
+        _of_limits(outcome, refusals.get(place), standing)
+        for (place, outcome), standing in zip(enumerate(outcomes), standings, strict=True)
     ]
 
 
@@ -181,7 +182,7 @@ def _of_limits(outcome: Accepted, refusal: CeleriacError | None, standing: Limit
     """A job that exists already, or is poison, is told that, whatever its limits."""
     if refusal is not None and outcome.outcome is AcceptOutcome.TOO_MANY_QUEUED:
         return replace(outcome, outcome=AcceptOutcome.LIMIT_REACHED, refusal=refusal, standing=standing)
-    return replace(outcome, standing=standing)
+    return outcome if standing is None else replace(outcome, standing=standing)
 
 
 def _accept(
