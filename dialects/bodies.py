@@ -235,15 +235,24 @@ def _parse_json(body: bytes) -> object:
 def _walk(value: object) -> tuple[int, bool]:
     """How many lists and objects there are, and whether a number may be beyond 64 bits or not finite. Raises
     InvalidRequest if they are nested too deeply."""
-    level, num_containers, may_exceed = [value], 0, False
+    level: list[Any] = [value]
+    num_containers, may_exceed = 0, False
     for _ in range(MAX_DEPTH + 1):
-        numbers = [part for part in level if type(part) is int or type(part) is float]
-        may_exceed = may_exceed or bool(numbers and (min(numbers) < MIN_INTEGER or max(numbers) > MAX_INTEGER))
-        containers = [part for part in level if isinstance(part, dict | list)]
-        if not containers:
+        num_before = num_containers
+        inner: list[Any] = []
+        for part in level:
+            kind = type(part)
+            if kind is dict:
+                num_containers += 1
+                inner += part.values()
+            elif kind is list:
+                num_containers += 1
+                inner += part
+            elif (kind is int or kind is float) and not MIN_INTEGER <= part <= MAX_INTEGER:
+                may_exceed = True
+        if num_containers == num_before:
             return num_containers, may_exceed
-        num_containers += len(containers)
-        level = [part for whole in containers for part in (whole.values() if isinstance(whole, dict) else whole)]
+        level = inner
     raise _too_deep()
 
 
