@@ -203,7 +203,8 @@ async def infer(request: Request) -> Response:
         raise ServerOverloaded(exc.message, retry_after_seconds=exc.retry_after_seconds) from exc
     if run.record is not None:
         services.known_bodies.note(read)
-    run = replace(run, has_keep_alive=False)  # keep-alive would commit to a 200 before a timeout is known
+    else:
+        run = replace(run, has_keep_alive=False)  # keep-alive would commit to a 200 before a timeout is known
     return WholeAnswer([run], lambda records: inferred(records[0]), timeout_seconds=timeout_seconds)
 
 
