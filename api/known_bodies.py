@@ -1,10 +1,11 @@
 """Bodies whose answers are known: who sends the same bytes again is not read again.
 
-Only what the response cache has answered is kept, as in tasks/known_requests.py, and a tenant finds its own bodies
-only. What a body means depends on the model's files as well, and on which model is the default: of these, it is known
-how they were.
+Only what the response cache has answered is kept, and that for ten minutes at most, as in tasks/known_requests.py. A
+tenant finds its own bodies only. What a body means depends on the model's files as well, and on which model is the
+default: of these, it is known how they were.
 """
 
+import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Generic
@@ -14,6 +15,7 @@ from pydantic import BaseModel
 
 from dialects.bodies import Model
 from domain.requests import GenerationRequest
+from tasks.known_requests import KEEP_SECONDS
 from text.models import ModelView
 
 MAX_BODIES = 256
@@ -50,6 +52,8 @@ class KnownBodies:
         """Its answer was known. Not if the body is long."""
         if len(read.key[-1]) > MAX_BYTES:
             return
+        if not self._read:
+            asyncio.get_running_loop().call_later(KEEP_SECONDS, self._read.clear)
         self._read[read.key] = read
         if len(self._read) > MAX_BODIES:
             self._read.popitem(last=False)

@@ -1,9 +1,11 @@
 """Requests whose answers are known: who asks the same again is neither tokenized nor checked again.
 
-Only what the response cache has answered is kept, so that requests of which each is new neither pay for this nor push
-anything out. A tenant finds its own requests only, or else it could tell by the time what others have asked.
+Only what the response cache has answered is kept, and that for ten minutes at most, so that requests of which each is
+new neither pay for this nor push anything out. A tenant finds its own requests only, or else it could tell by the time
+what others have asked.
 """
 
+import asyncio
 from collections import OrderedDict
 from typing import NamedTuple
 from uuid import UUID
@@ -13,6 +15,8 @@ from domain.requests import GenerationRequest
 from storage.job_accept import NewJob
 from tasks.prepare import PreparedRequest
 from text.models import ModelView
+
+KEEP_SECONDS = 600.0  # then all are forgotten, since what a user has asked may have been erased
 
 MAX_REQUESTS = 256  # of a model
 
@@ -54,6 +58,8 @@ class KnownRequests:
         if len(job.prompt_token_ids) > MAX_TOKENS or not view.template_ignores("strftime_now"):
             return
         known = self._by_view.setdefault(view, OrderedDict())
+        if not known:
+            asyncio.get_running_loop().call_later(KEEP_SECONDS, known.clear)
         if asked not in known:
             prepared = PreparedRequest(job.request, list(job.prompt_token_ids), None, job.max_tokens, job.seed)
             known[asked] = ReadyRequest(prepared, job.fingerprint, job.answer_key)

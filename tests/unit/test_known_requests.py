@@ -1,5 +1,6 @@
 """Requests whose answers are known: each tenant finds its own, and a model keeps a bounded number of them."""
 
+import asyncio
 from uuid import UUID, uuid4
 
 import pytest
@@ -8,6 +9,7 @@ from domain.catalog import ModelSpec
 from domain.jobs import new_id
 from domain.requests import GenerationRequest, SamplingParams
 from storage.job_accept import NewJob
+from tasks import known_requests
 from tasks.known_requests import MAX_REQUESTS, MAX_TOKENS, Asked, KnownRequests
 from text.models import ModelView, load_model_view
 from text.templates import ChatTemplate, TemplateChoice
@@ -44,7 +46,7 @@ def ids_of(known: KnownRequests, view: ModelView, one: Asked) -> list[int] | Non
     return None if found is None else found.prepared.prompt_token_ids
 
 
-def test_only_the_same_tenant_and_model_find_a_request(view: ModelView) -> None:
+async def test_only_the_same_tenant_and_model_find_a_request(view: ModelView) -> None:
     known, loaded_anew = KnownRequests(), load_model_view(view.spec)
     known.note(view, asked(), answered(1, 2))
     assert ids_of(known, view, asked()) == [1, 2]
@@ -54,7 +56,7 @@ def test_only_the_same_tenant_and_model_find_a_request(view: ModelView) -> None:
     assert known.find(loaded_anew, asked()) is None
 
 
-def test_what_was_drawn_for_a_request_is_drawn_anew(view: ModelView) -> None:
+async def test_what_was_drawn_for_a_request_is_drawn_anew(view: ModelView) -> None:
     known = KnownRequests()
     known.note(view, asked(b"greedy"), answered(1))
     known.note(view, asked(b"random"), answered(1, temperature=1.0))
@@ -64,7 +66,7 @@ def test_what_was_drawn_for_a_request_is_drawn_anew(view: ModelView) -> None:
     assert (greedy.is_same_again, random.is_same_again) == (True, False)
 
 
-def test_the_requests_that_were_sent_last_are_kept(view: ModelView) -> None:
+async def test_the_requests_that_were_sent_last_are_kept(view: ModelView) -> None:
     known = KnownRequests()
     names = [str(number).encode() for number in range(MAX_REQUESTS)]
     for name in names:
@@ -75,15 +77,25 @@ def test_the_requests_that_were_sent_last_are_kept(view: ModelView) -> None:
     assert known.find(view, asked(names[1])) is None
 
 
-def test_a_long_prompt_is_not_kept(view: ModelView) -> None:
+async def test_a_long_prompt_is_not_kept(view: ModelView) -> None:
     known = KnownRequests()
     known.note(view, asked(), answered(*[1] * (MAX_TOKENS + 1)))
     assert known.find(view, asked()) is None
 
 
-def test_a_prompt_with_a_date_in_it_is_not_kept(view: ModelView, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_prompt_with_a_date_in_it_is_not_kept(view: ModelView, monkeypatch: pytest.MonkeyPatch) -> None:
     known = KnownRequests()
     template = ChatTemplate("{{ strftime_now('%d') }} {{ messages[0].content }}", {})
     monkeypatch.setattr(view, "_chat_template", TemplateChoice(view.spec, {"default": template}))
     known.note(view, asked(), answered(1))
     assert known.find(view, asked()) is None
+
+
+async def test_all_are_forgotten_after_a_while(view: ModelView, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(known_requests, "KEEP_SECONDS", 0.0)
+    known = KnownRequests()
+    for _ in range(2):
+        known.note(view, asked(), answered(1))
+        assert ids_of(known, view, asked()) == [1]
+        await asyncio.sleep(0.01)
+        assert known.find(view, asked()) is None
