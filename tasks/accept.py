@@ -31,6 +31,7 @@ from storage.job_accept import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome
 log = logging.getLogger(__name__)
 
 MAX_GROUP = 256
+MAX_GROUP_TOKENS = 1_000_000  # of prompts: a group is one document, of which PostgreSQL and we have copies in memory
 MAX_WAITING = 8_192  # submissions, in turns of their tenants
 NUM_FLUSHERS = 2  # one prepares while the other waits for the disk
 NUM_RETRIES = 2  # of a group whose COMMIT may or may not have happened
@@ -131,10 +132,12 @@ class GroupAcceptor:
     def _take_group(self) -> list[_Waiting]:
         """The next group, without clients that hung up before their job was sent."""
         group: list[_Waiting] = []
-        while len(self._waiting) and len(group) < MAX_GROUP:
+        num_tokens = 0
+        while len(self._waiting) and len(group) < MAX_GROUP and num_tokens < MAX_GROUP_TOKENS:
             _, waiting = self._waiting.pop()
             if not waiting.answer.done():
                 group.append(waiting)
+                num_tokens += len(waiting.new_job.prompt_token_ids)
         jobs_accept_waiting.set(len(self._waiting))
         return group
 

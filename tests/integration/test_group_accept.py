@@ -91,6 +91,15 @@ async def test_what_arrives_together_is_committed_in_few_groups(
     assert len(groups) <= 4
 
 
+async def test_long_prompts_are_committed_in_several_groups(
+    acceptor: GroupAcceptor, groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_accept, "MAX_GROUP_TOKENS", 10)
+    new_jobs = [make_new_job(prompt_token_ids=[1] * 6) for _ in range(8)]
+    await asyncio.gather(*(acceptor.accept(job) for job in new_jobs))
+    assert groups == [2] * 4
+
+
 async def test_each_job_of_a_group_gets_its_own_answer(acceptor: GroupAcceptor) -> None:
     first, same, other = (
         make_new_job(idempotency_key="k"),

@@ -189,21 +189,6 @@ def test_a_body_whose_answer_is_known_is_not_read_again(
         assert somebody.post(path, json=asked).status_code == 400
 
 
-def test_a_job_runs_if_its_known_answer_cannot_be_given(
-    client: httpx.Client, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(session: Session, new_jobs: list[NewJob], **bounds: float) -> None:
-        session.execute(text("SELECT 1 / 0"))
-
-    run(hand_worker, ask(client).json()["id"], "Hello")
-    with monkeypatch.context() as patched:
-        patched.setattr(answers, "answer", fail)
-        again = ask(client)
-    assert outcome_of(again) == (202, "miss", False)
-    run(hand_worker, again.json()["id"], "Hello again")
-    assert client.get(again.headers["location"]).json()["output"]["text"] == "Hello again"
-
-
 def test_a_hit_joins_no_queue(
     api: ApiServer, client: httpx.Client, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
