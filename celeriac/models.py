@@ -110,7 +110,17 @@ def pull_model(
         print_json(_manifest_json(manifest))
         return
     click.echo(f"Stored {manifest.name}: {manifest.num_bytes / 1e6:,.0f} MB from {manifest.source}.")
-    click.echo(f"Serve it: celeriac up --model {manifest.name}")
+    click.echo(_how_to_serve(manifest.name))
+
+
+def _how_to_serve(name: str) -> str:
+    """The command, as it can be typed here."""
+    from celeriac.terminal import own_command
+    from settings import find_running, get_settings
+
+    if find_running(get_settings().data_dir):
+        return f"Serve it, beside what runs here: {own_command()} worker --model {name}"
+    return f"Serve it: {own_command()} up --model {name}"
 
 
 @models.command("pulls")

@@ -1,9 +1,11 @@
 """What the commands print: progress, a job's text as it arrives, URLs, and errors in one line."""
 
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -22,13 +24,14 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from celeriac.client import BatchSnapshot, Client, ClientError, StreamEvent
+from celeriac.client import ApiError, BatchSnapshot, Client, ClientError, StreamEvent
 from celeriac.options import print_json
 from celeriac.tables import with_percent
 
 if TYPE_CHECKING:
     from celeriac.load import LoadTest
 
+UNAUTHORIZED = 401
 REPORT_SECONDS = 0.5  # between two reports on one step of a pull
 
 
@@ -296,6 +299,14 @@ def plain_console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
 
 
+def own_command() -> str:
+    """How to type this command: by its path, unless a shell finds it by its name."""
+    from local.processes import short_path  # not where only the client is installed
+
+    path = Path(sys.executable).parent / "celeriac"
+    return "celeriac" if shutil.which("celeriac") == str(path) else short_path(path)
+
+
 def where_everything_is(*, api_url: str, maintenance_url: str, worker_url: str, flower_url: str, logs: str) -> str:
     return f"""
   Dashboard  {api_url}
@@ -342,6 +353,8 @@ def _describe(event: StreamEvent) -> str | None:
 
 def explain(exc: Exception) -> str | None:
     """The message of an expected error in one line; None if the error is a bug."""
+    if isinstance(exc, ApiError) and exc.status_code == UNAUTHORIZED:
+        return f"{exc}: export CELERIAC_API_KEY=$({own_command()} keys create), or the key that you were given"
     if isinstance(exc, ClientError):
         return str(exc)
     if isinstance(exc, UnicodeEncodeError) and exc.reason == "surrogates not allowed":

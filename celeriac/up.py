@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from celeriac.client import ApiError, ApiUnreachable, Client
-from celeriac.terminal import Board, JobPrinter, first_steps, plain_console, where_everything_is
+from celeriac.terminal import Board, JobPrinter, first_steps, own_command, plain_console, where_everything_is
 from domain.errors import ExpectedError
 from local.lock import UpLock
 from local.processes import MAX_DEATHS_AT_START, ChildProcess, free_port, is_free, set_aside, short_path, stop_in_turn
@@ -230,7 +230,7 @@ class Up:
                 logs=short_path(self._settings.data_dir / "logs"),
             )
         )
-        celeriac = short_path(Path(sys.executable).parent / "celeriac")
+        celeriac = own_command()
         needs_key = self._settings.auth == "api_key" and not self._settings.api_key
         self._say(first_steps(self._api_url, model, job_id or "job_...", celeriac, needs_key=needs_key))
 

@@ -71,7 +71,8 @@ class UpLock:
             raise AlreadyUp(
                 f"celeriac up is already running here (pid {note.get('pid', '?')}, "
                 f"{note.get('api_url', 'still starting')}); "
-                f"stop it with Ctrl-C in its terminal or with: kill {note.get('pid', '?')}"
+                f"stop it with Ctrl-C in its terminal or with: kill {note.get('pid', '?')}. "
+                "Another model beside its own needs a worker only: celeriac worker --model NAME"
             )
         self.write({"pid": os.getpid()})
         return self

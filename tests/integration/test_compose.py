@@ -252,6 +252,12 @@ def test_monitoring_is_asked_for_and_reads_files_that_there_are() -> None:
     hosts = {name for job in config["scrape_configs"] for dns in job["dns_sd_configs"] for name in dns["names"]}
     aliases = {alias for name in services for alias in _aliases(services[name])}
     assert hosts <= services.keys() | aliases
+    provisioning = "".join(file.read_text() for file in (ROOT / "deploy/grafana/provisioning").rglob("*.yml"))
+    told = re.search(r"^export (PROMETHEUS_URL=.*)$", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    assert told
+    named = set(re.findall(r"\$(\w+)", provisioning))
+    assert named <= services["grafana"]["environment"].keys()
+    assert named == {*re.findall(r"(\w+)=", told[1]), "GRAFANA_READER_PASSWORD"}
 
 
 def _aliases(service: dict[str, Any]) -> list[str]:

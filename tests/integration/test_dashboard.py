@@ -168,6 +168,7 @@ def test_the_playground_compares_two_models_and_survives_a_reload(
     field(page, "stop").fill("END\nSTOP")
     page.get_by_role("button", name="Run", exact=True).click()
     page.wait_for_url("**/#/playground?a=job_*&b=job_*")
+    shows(page, "Waiting for a worker of the model")
     ids = re.findall(r"job_\w+", page.url)
     requests = [http.get(f"/v1/jobs/{one}?include=input").json() for one in ids]
     assert [one["model"] for one in requests] == ["fake", "large"]
@@ -219,6 +220,8 @@ class TestKeys:
         with api.client(mine) as client:
             job_id = post_job(client)["id"]
         field = page.get_by_label("API key")
+        field.wait_for()
+        assert not serious(page)
         field.fill("sk-wrong")
         page.get_by_role("button", name="Enter").click()
         shows(page, "this API key is not valid")
@@ -345,11 +348,57 @@ def test_every_view_is_usable_by_keyboard_and_on_a_phone(chromium: Any, api: Api
         page.wait_for_url("**/#/playground?a=job_*")
 
 
+def test_without_a_database_it_says_so_and_shows_no_zeros(chromium: Any, redis_url: str) -> None:
+    settings = Settings(database_url="postgresql://127.0.0.1:1/gone", redis_url=redis_url)
+    with ApiServer(settings) as api, tab(chromium, api.url) as page:
+        shows(page, "Queues, workers and jobs are not known without the database")
+        assert page.locator(".tiles").count() == 0
+        page.goto(f"{api.url}/#/models")
+        page.get_by_role("heading", name="Served here").wait_for()
+        assert not serious(page)
+
+
+def test_nothing_is_asked_for_while_the_tab_is_hidden(chromium: Any, api: ApiServer, http: httpx.Client) -> None:
+    post_job(http)
+    with tab(chromium, "about:blank") as page:
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.clock.install()
+        for view in VIEWS:
+            turn(page, is_hidden=False)
+            page.goto(f"{api.url}/{view}")
+            page.reload()
+            page.locator(".card").first.wait_for()
+            page.wait_for_load_state("networkidle")
+            turn(page, is_hidden=True)
+            asked.clear()
+            page.clock.run_for(60_000)
+            assert not asked, view
+            with page.expect_request("**/health"):
+                turn(page, is_hidden=False)
+
+
+def turn(page: Any, *, is_hidden: bool) -> None:
+    """As a browser does when another tab is shown; a headless one has all tabs in view."""
+    page.evaluate(
+        "isHidden => { Object.defineProperty(document, 'hidden', {configurable: true, value: isHidden});"
+        " document.dispatchEvent(new Event('visibilitychange')) }",
+        is_hidden,
+    )
+
+
+def serious(page: Any) -> list[Any]:
+    """What axe finds on the page as it is, of those kinds that shut somebody out."""
+    page.evaluate((files("axe_playwright_python") / "axe.min.js").read_text() + "; null")
+    found = page.evaluate("axe.run(document)")
+    assert len(found["passes"]) > 10
+    return [one for one in found["violations"] if one["impact"] in ("serious", "critical")]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing_serious(
     chromium: Any, api: ApiServer, http: httpx.Client, hand_worker: HandWorker, scheme: str
 ) -> None:
-    axe = str(files("axe_playwright_python") / "axe.min.js")
     failed, done = post_job(http)["id"], post_job(http, metadata={"a": "b"})["id"]
     hand_worker.finish(hand_worker.claim(failed), status=JobStatus.FAILED, error=JobError(code="x", message="it broke"))
     finish(hand_worker, done, "a", "b")
@@ -361,8 +410,4 @@ def test_axe_finds_nothing_serious(
             page.locator(".card").first.wait_for()
             for summary in page.locator("summary").all():
                 summary.click()
-            page.add_script_tag(path=axe)
-            found = page.evaluate("axe.run(document)")
-            serious = [one["id"] for one in found["violations"] if one["impact"] in ("serious", "critical")]
-            assert len(found["passes"]) > 10
-            assert not serious, (view, found["violations"])
+            assert not serious(page), view

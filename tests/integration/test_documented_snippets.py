@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import openai
 import psycopg
 import pytest
 from celery import Celery
@@ -46,6 +45,11 @@ fail_seed = {FAILING_SEED}
 #: Command lines that begin like this stay untyped, and why.
 UNTYPED = {
     "make ": "sets up a checkout; the tests run in one",
+    "CELERIAC_WORKER_METRICS_PORT=9101": "the same, with ports",
+    "prometheus ": "stays; tests/unit/test_alerts.py reads its configuration",
+    "curl -s http://127.0.0.1:9090": "asks the Prometheus of the line before",
+    "export PROMETHEUS_URL=": "only sets variables; tests/integration/test_compose.py compares them",
+    "GF_PATHS_PROVISIONING=": "needs Grafana",
     ".venv/bin/celeriac up": "tests/integration/test_up.py starts it",
     "celeriac up": "tests/integration/test_up.py starts it",
     ".venv/bin/celeriac worker": "needs as many models as it names; tests/integration/test_several_models.py starts it",
@@ -231,8 +235,6 @@ def test_every_command_line_works(surroundings: dict[str, str], ids: Callable[[s
 
 def names_around(snippet: Snippet, plant: Plant, client: Client) -> dict[str, Any]:
     """What the text around a snippet of Python, or one before it, has introduced."""
-    if snippet.page == "batches.md":
-        return {"client": openai.OpenAI(base_url=f"{plant.api_urls[0]}/v1", api_key="none")}
     if snippet.page == "celery.md":
         return {"__name__": "reader", "app": Celery("reader"), "model": str.upper}
     return {"client": client, "prompts": ["Once", "Twice"]}

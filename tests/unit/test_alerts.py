@@ -67,6 +67,7 @@ def test_each_alert_fires_where_it_should_and_none_where_all_is_well() -> None:
     for command in (
         "check rules alerts.yml",
         "check config --syntax-only prometheus.yml",
+        "check config prometheus-local.yml",
         "test rules alerts_test.yml",
     ):
         done = subprocess.run(["promtool", *command.split()], cwd=DEPLOY, capture_output=True, text=True, check=False)

@@ -1,7 +1,7 @@
 // Who may use the installation and how much: tenants, keys and what administrators have changed. Admin keys only.
 
 import { get, post, remove } from "./api.js";
-import { compact, moment } from "./format.js";
+import { compact, moment, shortened } from "./format.js";
 import { usePolled } from "./hooks.js";
 import { html, useRef, useState } from "./html.js";
 import { Card, Chip, Code, Confirmed, Empty, Field, Polled, Problem, Status, Time, useAction } from "./parts.js";
@@ -137,7 +137,7 @@ function Key({ apiKey, reload }) {
 const Audit = ({ entries }) => html`
   <div class="scroll"><table>
     <thead><tr><th>When</th><th>Who</th><th>What</th><th>Tenant</th><th>Changes</th></tr></thead>
-    <tbody>${entries.map((entry) => html`<tr key=${entry.id}><td><${Time} at=${entry.changed_at} /></td><td>${entry.actor}</td><td>${inWords(entry.action)}</td><td>${entry.tenant}</td><td class="mono">${JSON.stringify(entry.changes).slice(0, 120)}</td></tr>`)}</tbody>
+    <tbody>${entries.map((entry) => html`<tr key=${entry.id}><td><${Time} at=${entry.changed_at} /></td><td>${entry.actor}</td><td>${inWords(entry.action)}</td><td>${entry.tenant}</td><td class="mono">${Object.keys(entry.changes).length ? shortened(JSON.stringify(entry.changes), 120) : "–"}</td></tr>`)}</tbody>
   </table></div>
 `;
 

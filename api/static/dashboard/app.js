@@ -82,7 +82,7 @@ function KeyForm({ error }) {
       <h1>Celeriac</h1>
       <p class="soft">This server asks for an API key. It stays in this tab and is forgotten when you close it; you will see what the key may see.</p>
       <form onSubmit=${onSubmit}>
-        <${Field} label="API key" hint="From your administrator, or made with: celeriac keys create">
+        <${Field} label="API key" hint="From your administrator, or made with: celeriac keys create. With --admin, it sees workers and all tenants, too">
           <input type="password" name="key" autocomplete="off" required ref=${field} />
         <//>
         <button class="primary">Enter</button>

@@ -4,7 +4,7 @@ import { get, post, send } from "./api.js";
 import { count, duration, percent, plural, secondsSince, toDate } from "./format.js";
 import { link, useClock, usePolled } from "./hooks.js";
 import { html, useRef } from "./html.js";
-import { Card, Confirmed, Empty, Field, Meter, Polled, Problem, Status, Time, useAction } from "./parts.js";
+import { Card, Code, Confirmed, Empty, Field, Meter, Polled, Problem, Status, Time, useAction } from "./parts.js";
 
 const ENDED = new Set(["completed", "failed", "expired", "cancelled"]);
 const ENDPOINTS = ["/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"];
@@ -76,6 +76,15 @@ function Batch({ batch, reload }) {
   `;
 }
 
+const LINE = `{"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "MODEL", "messages": [{"role": "user", "content": "Hi"}]}}`;
+
+// Shown until there is a batch.
+const Teach = () => html`
+  <${Empty} title="No batches yet">A batch runs a file of requests with the lowest priority, when slots are free. Each line is one request, like this one:<//>
+  <${Code} text=${LINE} label="A line of a file" />
+  <p class="soft">From a terminal: <code>celeriac batch run requests.jsonl -o answers.jsonl</code></p>
+`;
+
 export function Batches({ address }) {
   const after = address.query.get("after");
   const state = usePolled((signal) => get("v1/batches", { after, limit: 20 }, signal), 3, [after]);
@@ -84,7 +93,7 @@ export function Batches({ address }) {
     <h1>Batches</h1>
     <${NewBatch} onMade=${state.reload} />
     <${Card}><${Polled} state=${state}>${({ data, has_more }) => html`
-      ${data.length === 0 ? html`<${Empty} title="No batches yet">A batch runs a file of requests with the lowest priority, when slots are free.<//>` : html`<ul class="batches">${data.map((batch) => html`<${Batch} key=${batch.id} batch=${batch} reload=${state.reload} />`)}</ul>`}
+      ${data.length === 0 ? html`<${Teach} />` : html`<ul class="batches">${data.map((batch) => html`<${Batch} key=${batch.id} batch=${batch} reload=${state.reload} />`)}</ul>`}
       <nav class="pages" aria-label="Pages">${after && html`<a href=${link("batches")}>Newest</a>`}${has_more && html`<a href=${link("batches", { after: data[data.length - 1].id })}>Older</a>`}</nav>`}<//><//>
   `;
 }

@@ -49,17 +49,24 @@ export const plural = (number, one, many = `${one}s`) => `${count(number)} ${num
 // The last characters of an id tell jobs of one moment apart; the first ones are the same for all of them.
 export const shortId = (id) => (id.length > 18 ? `${id.slice(0, id.indexOf("_") + 1)}…${id.slice(-6)}` : id);
 
-// What queued jobs wait for, by the API's name for it.
+// What one or many queued jobs wait for, by the API's name for it.
 export const WAITING = {
   slots: "a free slot",
-  turn: "their tenant's next turn: they were paused for others",
-  worker: "a worker of their model",
+  turn: "the tenant's next turn, paused for others",
+  worker: "a worker of the model",
   model_load: "the model to load",
-  revision: "a worker with their model's revision",
+  revision: "a worker with the revision of the model that the text began with",
   isolation: "a moment to run alone",
-  limit: "their limit: batches have used their share, or they failed just now",
-  pause: "their model, which is unloaded or draining",
+  limit: "room within a limit: batches have used their share, or an attempt failed just now",
+  pause: "the model, which is unloaded or draining",
 };
+
+// Where a queued job stands, from the stream's or the job's `queue`: "for a free slot, behind 3 jobs; …".
+export function waitingInWords(place) {
+  const reason = WAITING[place?.waiting_for] ?? "a worker";
+  const others = place?.position ? `, behind ${plural(place.position, "job")}` : "";
+  return `for ${reason}${others}${place?.eta_seconds ? `; starts in about ${duration(place.eta_seconds)}` : ""}`;
+}
 
 export const WAITING_SHORT = {
   slots: "for a slot",
@@ -77,3 +84,6 @@ export function jobIdOf(text) {
   const match = /(?:^|[_-])([0-9A-HJKMNP-TV-Z]{26})$/i.exec(text.trim());
   return match ? `job_${match[1].toUpperCase()}` : null;
 }
+
+// So that one long value does not push all else out of a table.
+export const shortened = (text, length = 40) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);

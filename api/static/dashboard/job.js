@@ -1,7 +1,7 @@
 // One job: how it came to be where it is, what it says, and what can be done with it.
 
 import { get, post, readKey, remove } from "./api.js";
-import { WAITING, clockTime, count, duration, moment, plural, rate, secondsBetween, secondsSince } from "./format.js";
+import { clockTime, count, duration, moment, plural, rate, secondsBetween, secondsSince, waitingInWords } from "./format.js";
 import { link, useClock, usePolled, visit } from "./hooks.js";
 import { html, useEffect } from "./html.js";
 import { isOver } from "./jobs.js";
@@ -33,15 +33,13 @@ function timelineOf(job) {
 
 function endingOf(job) {
   if (job.error) return job.error.message;
-  const reasons = { stop: "the model ended its text", length: "it reached max_tokens or the end of its context", tool_calls: "the model calls tools" };
+  const reasons = { stop: "the model ended its text", length: "it reached max_tokens or the end of its context", tool_calls: "the model calls tools", cancelled: "somebody cancelled it; what was written is kept", deadline: "its time was over; what was written is kept" };
   return reasons[job.finish_reason] ?? job.finish_reason ?? "";
 }
 
 function Waiting({ job, queue }) {
   if (job.status !== "queued") return null;
-  const place = queue ?? job.queue;
-  const reason = WAITING[place?.waiting_for] ?? "a worker";
-  return html`<li data-tone="wait" class="now"><b>Waiting</b><span>for ${reason}${place?.position ? `, behind ${plural(place.position, "job")}` : ""}${place?.eta_seconds ? `; starts in about ${duration(place.eta_seconds)}` : ""}</span><span class="number">${duration(secondsSince(job.created_at))}</span></li>`;
+  return html`<li data-tone="wait" class="now"><b>Waiting</b><span>${waitingInWords(queue ?? job.queue)}</span><span class="number">${duration(secondsSince(job.created_at))}</span></li>`;
 }
 
 function Timeline({ job, queue }) {
@@ -67,7 +65,7 @@ function Figures({ job, numTokens }) {
       <div class="tile"><dt>First token after</dt><dd>${job.first_token_at ? duration(secondsBetween(job.created_at, job.first_token_at)) : "–"}</dd></div>
       <div class="tile"><dt>Prompt tokens</dt><dd>${count(job.usage?.prompt_tokens)}${job.usage?.cached_tokens ? html` <small class="soft">${count(job.usage.cached_tokens)} cached</small>` : ""}</dd></div>
       <div class="tile"><dt>Output tokens</dt><dd>${count(produced)}</dd></div>
-      <div class="tile"><dt>Tokens per second</dt><dd>${writing > 0.2 ? rate(produced / writing) : "–"}</dd></div>
+      <div class="tile"><dt>Tokens per second</dt><dd>${writing > 0.2 && job.status !== "queued" ? rate(produced / writing) : "–"}</dd></div>
     </dl>
   `;
 }

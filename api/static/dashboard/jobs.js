@@ -1,7 +1,7 @@
 // The list of jobs: filtered by the address, so that a search can be linked to, with actions on many at once.
 
 import { forEach, get, post } from "./api.js";
-import { duration, jobIdOf, plural, secondsBetween, secondsSince } from "./format.js";
+import { duration, jobIdOf, plural, secondsBetween, secondsSince, shortened } from "./format.js";
 import { link, useClock, usePolled, visit } from "./hooks.js";
 import { html, useEffect, useState } from "./html.js";
 import { Card, Chip, Confirmed, Empty, Field, JobLink, Polled, Problem, Status, Time } from "./parts.js";
@@ -78,7 +78,7 @@ const Row = ({ job, isChosen, onChoose, isStreamed }) => html`
     <td><${Time} at=${job.created_at} /></td>
     <td class="number">${took(job)}</td>
     <td class="number">${job.usage ? job.usage.completion_tokens : "–"}</td>
-    <td>${Object.entries(job.metadata).slice(0, 3).map(([name, value]) => html`<a key=${name} class="plain" href=${link("jobs", { q: `${name}=${value}` })} title=${`Jobs with ${name}=${value}`}><${Chip}>${`${name}=${value}`.slice(0, 40)}<//></a>`)}</td>
+    <td>${Object.entries(job.metadata).slice(0, 3).map(([name, value]) => html`<a key=${name} class="plain" href=${link("jobs", { q: `${name}=${value}` })} title=${`Jobs with ${name}=${value}`}><${Chip}>${shortened(`${name}=${value}`)}<//></a>`)}</td>
   </tr>
 `;
 

@@ -10,20 +10,22 @@ const MAX_SAMPLES = 300;
 
 const sum = (items, of) => items.reduce((total, item) => total + of(item), 0);
 
-// Without a database only /health answers, and says so.
+// Without a database only /health answers, and says so: `isBlind`, and nothing else is known.
 async function look(isAdmin, signal) {
   const asked = [get("health", {}, signal), get("v1/queue", {}, signal), isAdmin ? get("v1/admin/models", {}, signal) : null];
   const [health, queue, models] = await Promise.allSettled(asked);
-  if (health.value && health.value.database !== "ok") return { health: health.value, queues: [], models: isAdmin ? [] : null };
+  if (health.value && health.value.database !== "ok") return { health: health.value, queues: [], models: isAdmin ? [] : null, isBlind: true };
   for (const answer of [health, queue, models]) if (answer.status === "rejected") throw answer.reason;
-  return { health: health.value, queues: queue.value.data, models: models.value?.data ?? null };
+  return { health: health.value, queues: queue.value.data, models: models.value?.data ?? null, isBlind: false };
 }
 
-// {data: {health, queues, models, samples}, error, reload}; `models` has the workers, and is null without an admin key.
+// {data: {health, queues, models, isBlind, samples}, error, reload}; `models` has the workers, and is null without an
+// admin key.
 export function useLive(isAdmin) {
   const samples = useRef([]);
   const asked = async (signal) => {
     const state = await look(isAdmin, signal);
+    if (state.isBlind) return { ...state, samples: samples.current };
     const sample = {
       at: Date.now() / 1000,
       tokensPerSecond: sum(state.queues, (queue) => (queue.running ? queue.tokens_per_second : 0)),

@@ -63,13 +63,14 @@ const Served = ({ card }) => html`
 export function Models({ live, isAdmin }) {
   const cards = usePolled((signal) => get("v1/models", {}, signal), 5, []);
   const byId = new Map(cards.data?.data.map((card) => [card.id, card]));
-  const statuses = live.data?.models;
-  const rest = cards.data?.data.filter((card) => !statuses?.some((model) => model.id === card.id)) ?? [];
+  const statuses = live.data?.isBlind ? null : live.data?.models;
+  const areWorkersShown = isAdmin && !live.data?.isBlind;
+  const rest = areWorkersShown && !statuses ? [] : cards.data?.data.filter((card) => !statuses?.some((model) => model.id === card.id)) ?? [];
   return html`
     <h1>Models</h1>
-    ${isAdmin && html`<${Polled} state=${live}>${({ models }) => (models ?? []).map((model) => html`<${Administered} key=${model.id} model=${model} card=${byId.get(model.id)} reload=${live.reload} />`)}<//>`}
-    ${(rest.length > 0 || !isAdmin) && html`
-      <${Card} title=${isAdmin ? "Adapters and unavailable models" : "Served here"}><${Polled} state=${cards}>${() => rest.length === 0
+    ${areWorkersShown && html`<${Polled} state=${live}>${({ models }) => (models ?? []).map((model) => html`<${Administered} key=${model.id} model=${model} card=${byId.get(model.id)} reload=${live.reload} />`)}<//>`}
+    ${(rest.length > 0 || !areWorkersShown) && html`
+      <${Card} title=${areWorkersShown ? "Adapters and unavailable models" : "Served here"}><${Polled} state=${cards}>${() => rest.length === 0
         ? html`<${Empty} title="No models are served">An administrator pulls one, or adds it to models.toml.<//>`
         : html`<div class="scroll"><table><thead><tr><th>Model</th><th>State</th><th class="number">Context</th><th>Why</th></tr></thead><tbody>${rest.map((card) => html`<${Served} key=${card.id} card=${card} />`)}</tbody></table></div>`}<//><//>`}
     ${isAdmin && html`<${Pulls} />`}

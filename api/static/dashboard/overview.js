@@ -151,16 +151,26 @@ const JOBS = [
   { name: "queued", tone: "--wait", of: (sample) => sample.queued },
 ];
 
+const Charts = ({ samples }) => html`
+  <div class="pair">
+    <section class="card"><${Chart} title="Tokens per second" samples=${samples} series=${TOKENS} format=${rate} /></section>
+    <section class="card"><${Chart} title="Jobs" samples=${samples} series=${JOBS} format=${compact} /></section>
+  </div>
+`;
+
+const Blind = ({ state }) => html`
+  <${Findings} state=${state} />
+  ${state.samples.length > 0 && html`<${Charts} samples=${state.samples} />`}
+  <${Card}><${Empty} title="Queues, workers and jobs are not known without the database">They are shown again as soon as it answers. What runs pauses until then; nothing is lost.<//><//>
+`;
+
 export function Overview({ live }) {
   return html`
     <h1 class="unseen">Overview</h1>
-    <${Polled} state=${live}>${(state) => html`
+    <${Polled} state=${live}>${(state) => state.isBlind ? html`<${Blind} state=${state} />` : html`
       <${Findings} state=${state} />
       <${Tiles} health=${state.health} queues=${state.queues} />
-      <div class="pair">
-        <section class="card"><${Chart} title="Tokens per second" samples=${state.samples} series=${TOKENS} format=${rate} /></section>
-        <section class="card"><${Chart} title="Jobs" samples=${state.samples} series=${JOBS} format=${compact} /></section>
-      </div>
+      <${Charts} samples=${state.samples} />
       <${Queues} queues=${state.queues} />
       ${state.models && html`<${TenantQueues} />`}
       ${state.models && html`<${Workers} models=${state.models} />`}

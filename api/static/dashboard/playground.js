@@ -2,7 +2,7 @@
 // the same key, reads it from its start and goes on.
 
 import { get, post, readKey } from "./api.js";
-import { plural } from "./format.js";
+import { plural, waitingInWords } from "./format.js";
 import { useKept, usePolled, visit } from "./hooks.js";
 import { html, useEffect, useRef, useState } from "./html.js";
 import { Card, Code, Empty, Field, JobLink, Output, Polled, Problem, Status, Tabs, useAction } from "./parts.js";
@@ -23,7 +23,7 @@ function Answer({ id, onContinue }) {
   return html`
     <article class="answer">
       <header><${Status} of=${status} /><${JobLink} id=${id} /><span class="soft end">${stream.numTokens ? plural(stream.numTokens, "token") : ""}${job?.finish_reason ? `, ${job.finish_reason}` : ""}</span></header>
-      ${shown.map((text, index) => html`<${Output} key=${index} text=${text} isLive=${!job && !stream.error} label=${`Answer ${index + 1}`} placeholder=${job ? "It ended without output" : "Waiting for the first token"} />`)}
+      ${shown.map((text, index) => html`<${Output} key=${index} text=${text} isLive=${!job && !stream.error} label=${`Answer ${index + 1}`} placeholder=${job ? "It ended without output" : stream.queue ? `Waiting ${waitingInWords(stream.queue)}` : "Waiting for the first token"} />`)}
       ${stream.connection === "waiting" && !job && !stream.error && html`<p class="soft" role="status">Connecting. The job runs on meanwhile.</p>`}
       ${job?.error && html`<${Problem} error=${job.error} />`}
       ${stream.error && html`<${Problem} error=${stream.error} />`}

@@ -18,7 +18,7 @@ const costOf = (group, currency) => (group.cost === null ? "–" : `${Number(gro
 function Total({ total, currency }) {
   return html`
     <dl class="tiles">
-      <div class="tile"><dt>Jobs</dt><dd>${compact(total.num_jobs)}</dd><dd class="soft">${compact(total.num_attempts)} attempts</dd></div>
+      <div class="tile"><dt>Jobs</dt><dd>${compact(total.num_jobs)}</dd><dd class="soft">${total.num_attempts === 1 ? "1 attempt" : `${compact(total.num_attempts)} attempts`}</dd></div>
       <div class="tile"><dt>Prompt tokens</dt><dd>${compact(total.prompt_tokens)}</dd><dd class="soft">${compact(total.cached_tokens)} from the cache</dd></div>
       <div class="tile"><dt>Output tokens</dt><dd>${compact(total.output_tokens)}</dd><dd class="soft">${compact(total.reasoning_tokens)} reasoning</dd></div>
       <div class="tile"><dt>Engine time</dt><dd>${duration(total.engine_seconds)}</dd><dd class="soft">${duration(total.queue_seconds)} in queues</dd></div>
