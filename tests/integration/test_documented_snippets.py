@@ -163,6 +163,7 @@ def surroundings(plant: Plant) -> Iterator[dict[str, str]]:
     with pytest.MonkeyPatch.context() as patch, CommandServer(folder / "commands") as server:
         for name, value in settings.items():
             patch.setenv(name, value)
+        patch.chdir(folder)  # where a reader's shell is
         get_settings.cache_clear()
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
