@@ -1,11 +1,12 @@
 """What more workers give: the same jobs through one worker and through several, below the machine's saturation.
 
-    python -m bench.scaling                 # one and four workers: a minute or two
+    python -m bench.scaling                 # one, two and four workers: two minutes
 
 The engine is the fake one, whose steps sleep as a GPU's would compute: a worker is bounded by its slots and the length
 of a step, and takes next to no CPU. So the ratio tells what PostgreSQL, Redis, claims and commits add, and nothing of
-engines. Several APIs are not compared: one is bounded by its core, and what a machine with two cores has left beside it
-is not a second one. The ceiling is the product of workers, slots and steps. The last line is JSON.
+engines. Several APIs are compared by `python -m bench.api_costs --processes 2`, in CPU: one is bounded by its core, and
+what a machine with two cores has left beside it is not a second one. The ceiling is the product of workers, slots and
+steps. The last line is JSON.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import psutil
 from tests.chaos.plant import Plant
 from tests.waiting import wait_until
 
-MODEL, NUM_SLOTS, STEP_SECONDS, NUM_TOKENS = "fake", 8, 0.05, 40
+MODEL, NUM_SLOTS, STEP_SECONDS, NUM_TOKENS = "fake", 16, 0.025, 80
 MODELS = f"""
 [[models]]
 id = "{MODEL}"
@@ -94,16 +95,17 @@ def _cpu_seconds(plant: Plant) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="the first is what others are of")
     parser.add_argument("--seconds", type=float, default=20.0, help="of work")
     given = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
-    one, several = (measure(num, given.seconds) for num in (1, given.workers))
-    ratio = round(several["jobs_per_second"] / one["jobs_per_second"], 2)
-    for report in (one, several):
-        print(report)
-    load = round(os.getloadavg()[0], 1)
-    print(json.dumps({"one": one, "several": several, "ratio": ratio, "of": given.workers, "load": load}))
+    reports = []
+    for num_workers in given.workers:
+        reports.append(measure(num_workers, given.seconds))
+        ratio = round(reports[-1]["jobs_per_second"] / reports[0]["jobs_per_second"], 2)
+        reports[-1] |= {"ratio": ratio, "load": round(os.getloadavg()[0], 1)}
+        print(reports[-1], flush=True)
+    print(json.dumps({"bench": "scaling", "runs": reports}))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
     python -m bench.subscribers                     # 10,000 readers of 200 jobs: two minutes
     python -m bench.subscribers --readers 1000 --chunks-per-second 200
-    python -m bench.subscribers --slow 100          # and a hundred that read nothing
+    python -m bench.subscribers --jobs 1            # all of them read one job
+    python -m bench.subscribers --per-second 1e6    # all of them arrive at once
+    python -m bench.subscribers --restart           # the server is restarted, and all come back at once
+    python -m bench.subscribers --slow 500          # and five hundred that read nothing of ten jobs with long texts
 
 A program that does what a worker does commits chunks to the jobs in turn and publishes them; each carries the time just
 before its commit, so what is measured is more than the time from commit to receipt, by the commit, which is told, too.
@@ -16,14 +19,16 @@ import json
 import os
 import platform
 import resource
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -53,6 +58,7 @@ max_model_len = 1000000
 """
 LEASE_SECONDS = 3600.0
 PER_COMMIT = 16  # jobs, as a worker's flush has many
+SLOW_JOBS, SLOW_TEXT = 10, "x" * 16_384  # what slow readers do not read: two of these a second and reader
 SERVE = "from api.server import serve; from settings import get_settings; serve(get_settings())"
 
 
@@ -65,6 +71,7 @@ class Writer:
     attempts: dict[UUID, int] = field(default_factory=dict)
     numbers: dict[UUID, int] = field(default_factory=dict)
     commit_seconds: list[float] = field(default_factory=list)
+    long_ids: list[UUID] = field(default_factory=list)  # of those jobs that slow readers do not read
 
     def claim(self, num_jobs: int) -> None:
         with self.sessions.begin() as session:
@@ -77,19 +84,21 @@ class Writer:
             raise RuntimeError(f"{len(claimed)} of {num_jobs} jobs were claimed")
 
     def write_for(self, seconds: float, chunks_per_second: float) -> None:
-        ids = list(self.attempts)
+        ids = [job_id for job_id in self.attempts if job_id not in self.long_ids]
+        at_once = min(PER_COMMIT, len(ids))
         ends_at, due_at, first = time.monotonic() + seconds, time.monotonic(), 0
         while time.monotonic() < ends_at:
-            self._write([ids[(first + number) % len(ids)] for number in range(PER_COMMIT)])
-            first += PER_COMMIT
-            due_at += PER_COMMIT / chunks_per_second
+            self._write([ids[(first + number) % len(ids)] for number in range(at_once)])
+            first += at_once
+            due_at += at_once / chunks_per_second
             time.sleep(max(0.0, due_at - time.monotonic()))
 
     def _write(self, ids: list[UUID]) -> None:
-        text = f"t{time.monotonic_ns()} and a few words more"
+        short = f"t{time.monotonic_ns()} and a few words more"
         chunks = {}
-        for job_id in ids:
+        for job_id in (*ids, *self.long_ids):
             self.numbers[job_id] += 1
+            text = SLOW_TEXT if job_id in self.long_ids else short
             chunks[job_id] = TokenChunk(sequence_number=self.numbers[job_id], text=text, token_ids=(1, 2, 3, 4))
         began_at = time.monotonic()
         with self.sessions.begin() as session:
@@ -100,10 +109,11 @@ class Writer:
 
 
 @contextmanager
-def listeners(port: int, paths: Path, num: int, num_slow: int) -> Iterator["subprocess.Popen[str]"]:
+def listeners(given: argparse.Namespace, port: int, folder: Path) -> Iterator["subprocess.Popen[str]"]:
     """Once all of them are connected."""
-    command = [sys.executable, "-m", "bench.sse_listeners", "--port", str(port), "--paths", str(paths)]
-    command += ["--connections", str(num), "--slow", str(num_slow)]
+    command = [sys.executable, "-m", "bench.sse_listeners", "--port", str(port), "--paths", str(folder / "paths.txt")]
+    command += ["--connections", str(given.readers), "--slow", str(given.slow), "--per-second", str(given.per_second)]
+    command += ["--slow-paths", str(folder / "slow_paths.txt")]
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -141,40 +151,65 @@ def measure(given: argparse.Namespace, folder: Path) -> dict[str, Any]:
             "CELERIAC_MODELS_FILE": str(folder / "models.toml"),
             "CELERIAC_MAX_STREAMS": str(given.readers + given.slow + 100),
             "CELERIAC_AUTH": "none",
-            "CELERIAC_PORT": "0",
+            "CELERIAC_PORT": str(_free_port()),  # the same after a restart
         }
+        num_jobs = given.jobs + (SLOW_JOBS if given.slow else 0)
         database = open_database(postgres.url)
         writer = Writer(session_factory(database), redis.Redis.from_url(redis_server.url))
-        with server([sys.executable, "-c", SERVE], environment, folder / "api.log") as (process, port):
-            ids = submit(port, given.jobs)
-            writer.claim(given.jobs)
-            assert {external_id(job_id) for job_id in writer.attempts} == set(ids)
-            report = _measure_streams(given, folder, writer, process, port, ids)
+        serve = partial(server, [sys.executable, "-c", SERVE], environment, folder / "api.log")
+        with ExitStack() as stack:
+            process, port = stack.enter_context(serve())
+            submit(port, num_jobs)
+            writer.claim(num_jobs)
+            write_paths(folder, writer, num_slow_jobs=num_jobs - given.jobs)
+            memory_before, cpu_before = pss_bytes(process), cpu_seconds(process)
+            readers = stack.enter_context(listeners(given, port, folder))
+            opening_cpu = cpu_seconds(process) - cpu_before
+            report = {"api_cpu_us_a_beginning": round(1e6 * opening_cpu / (given.readers + given.slow))}
+            if given.restart:
+                process.terminate()
+                process.wait(timeout=30)
+                process, _ = stack.enter_context(serve())
+                # Until all of them are back, they are late; what they get is complete, or it would count as wrong.
+            report |= _measure_streams(given, writer, process, readers, memory_before)
         database.dispose()
     return report
 
 
+def write_paths(folder: Path, writer: Writer, *, num_slow_jobs: int) -> None:
+    ids = list(writer.attempts)
+    writer.long_ids = ids[:num_slow_jobs]
+    for name, some in (("slow_paths", ids[:num_slow_jobs]), ("paths", ids[num_slow_jobs:])):
+        lines = "\n".join(f"/v1/jobs/{external_id(job_id)}/events" for job_id in some)
+        (folder / f"{name}.txt").write_text(lines)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return int(found.getsockname()[1])
+
+
 def _measure_streams(
-    given: argparse.Namespace, folder: Path, writer: Writer, process: psutil.Process, port: int, ids: list[str]
+    given: argparse.Namespace,
+    writer: Writer,
+    process: psutil.Process,
+    readers: "subprocess.Popen[str]",
+    memory_before: int,
 ) -> dict[str, Any]:
-    paths = folder / "paths.txt"
-    paths.write_text("\n".join(f"/v1/jobs/{job_id}/events" for job_id in ids))
-    memory_before = pss_bytes(process)
-    with listeners(port, paths, given.readers, given.slow) as readers:
-        writer.write_for(3.0, given.chunks_per_second)  # all streams are live
-        idle_from, memory_open = cpu_seconds(process), pss_bytes(process)
-        time.sleep(5.0)
-        idle_cpu = (cpu_seconds(process) - idle_from) / 5.0
-        writer.commit_seconds.clear()
-        tell(readers)
-        cpu_before = cpu_seconds(process)
-        writer.write_for(given.seconds, given.chunks_per_second)
-        time.sleep(2.0)
-        cpu = cpu_seconds(process) - cpu_before
-        memory_after = pss_bytes(process)
-        tell(readers)
-        assert readers.stdout is not None
-        seen = json.loads(readers.stdout.readline())
+    writer.write_for(3.0, given.chunks_per_second)  # all streams are live
+    idle_from, memory_open = cpu_seconds(process), pss_bytes(process)
+    time.sleep(5.0)
+    idle_cpu = (cpu_seconds(process) - idle_from) / 5.0
+    writer.commit_seconds.clear()
+    tell(readers)
+    cpu_before = cpu_seconds(process)
+    writer.write_for(given.seconds, given.chunks_per_second)
+    time.sleep(2.0)
+    cpu = cpu_seconds(process) - cpu_before
+    memory_after = pss_bytes(process)
+    tell(readers)
+    assert readers.stdout is not None
+    seen = json.loads(readers.stdout.readline())
     num_streams = given.readers + given.slow
     return {
         "readers": given.readers,
@@ -215,6 +250,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readers", type=int, default=10_000)
     parser.add_argument("--slow", type=int, default=0, help="more, which read nothing")
+    parser.add_argument("--per-second", type=float, default=1_000.0, help="how many readers arrive")
+    parser.add_argument("--restart", action="store_true", help="of the server, before anything is measured")
     parser.add_argument("--jobs", type=int, default=200)
     parser.add_argument("--chunks-per-second", type=float, default=32.0, help="of all jobs together")
     parser.add_argument("--seconds", type=float, default=20.0)
