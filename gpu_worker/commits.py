@@ -93,7 +93,8 @@ class JobStorage:
     def claim(
         self, limit: int, lane: Lane, known: frozenset[UUID], *, num_slots: int, min_suspicions: int, is_repeated: bool
     ) -> list[ClaimedJob]:
-        """Claim up to `limit` jobs of a lane for `num_slots` slots, fairest first. `known` are those that run here."""
+        """Claim up to `limit` jobs of a lane for `num_slots` slots, fairest first. `known` are those that run here.
+        `tell_claimed` is for later: the engine need not wait for it."""
         if is_repeated:  # in a transaction of its own, since a claim's does not wait for the disk
             with self.sessions.begin() as session:
                 database.plan_anew(session)  # a plan for any status has no use for the index of running jobs
@@ -101,7 +102,7 @@ class JobStorage:
             job_log.returned(AttemptOutcome.RELEASED, released)
         with self.sessions.begin() as session:
             database.plan_anew(session)
-            claimed = jobs.claim(
+            return jobs.claim(
                 session,
                 self._spec.id,
                 limit=limit,
@@ -112,8 +113,6 @@ class JobStorage:
                 min_suspicions=min_suspicions,
                 num_slots=num_slots,
             )
-        self.tell_claimed(claimed)
-        return claimed
 
     def tell_claimed(self, claimed: Sequence[ClaimedJob]) -> None:
         job_log.claimed(claimed, self._worker_name)

@@ -140,6 +140,8 @@ class Intake:
 
         def on_done(answer: Answer[list[ClaimedJob]]) -> None:
             self._busy_lanes.discard(lane)
+            if answer.value:  # the engine need not wait for it, but what happens to these jobs next is told after it
+                self._storage_thread.submit(lambda _: self._storage.tell_claimed(answer.value), lambda _: None)
             self._on_claimed(answer.value, answer.sent_at)
             self._on_spent(list(ticket_ids))
             if lane is Lane.STANDARD and len(answer.value) < limit and (answer.value or ticket_ids):

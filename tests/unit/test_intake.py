@@ -22,13 +22,17 @@ class Claims:
     def __init__(self) -> None:
         self.num_jobs = 0
         self.limits: list[int] = []
+        self.steps: list[str] = []
 
     def claim(self, limit: int, lane: Lane, known: frozenset[UUID], **_: Any) -> list[Any]:
         self.limits.append(limit)
         return [SimpleNamespace(id=uuid4()) for _ in range(min(limit, self.num_jobs))]
 
+    def tell_claimed(self, claimed: list[Any]) -> None:
+        self.steps.append("told")
+
     def submit(self, call: Callable[..., Any], on_done: Callable[[Answer[Any]], None], *_: Any) -> None:
-        on_done(cast(Answer[Any], SimpleNamespace(value=call(is_repeated=False), sent_at=0.0)))
+        on_done(cast(Answer[Any], SimpleNamespace(value=call(False), sent_at=0.0)))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +50,7 @@ def test_a_claim_that_found_too_few_jobs_is_repeated_soon(
         cast(Any, claims),
         cast(Any, claims),
         Quarantine(),
-        on_claimed=lambda *_: None,
+        on_claimed=lambda *_: claims.steps.append("taken in"),
         on_exchanged=lambda *_: None,
         on_spent=spent.extend,
     )
@@ -57,6 +61,8 @@ def test_a_claim_that_found_too_few_jobs_is_repeated_soon(
         offers.add(ticket)
     entry.claim(now, num_free=4, known=frozenset())
     assert (claims.limits, spent) == ([4], tickets)
+    if num_found:  # before whatever becomes of them
+        assert claims.steps == ["told", "taken in"]
     now += SHORTFALL_SECONDS
     entry.claim(now, num_free=4, known=frozenset())
     assert len(claims.limits) == 1 + is_soon
