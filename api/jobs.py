@@ -198,7 +198,7 @@ async def stream_job(job_id: str, request: Request) -> Response:
     query = read_query(request, EventsQuery)
     include = included(query.include, {"token_ids"})
     cursor = stream_cursor(request.headers.get("last-event-id"), query.starting_after)
-    record = await find_job(services, job_id, tenant_id, with_result=False)
+    record = await find_job_to_stream(services, job_id, tenant_id)
     start = start_of(record.job, cursor, query.from_)
     if start is None:
         return Response(status_code=204)  # makes a browser's EventSource stop reconnecting
@@ -275,6 +275,19 @@ async def find_job(
     """Raises JobNotFound, with the same message for a malformed id, an unknown one and one of another tenant."""
     id_ = _parse_job_id(job_id)
     record = await services.read(job_queries.get, id_, tenant_id, with_request=with_request, with_result=with_result)
+    if record is None:
+        raise _not_found(job_id)
+    job_id_context.set(external_id(id_))
+    return record
+
+
+async def find_job_to_stream(services: Services, job_id: str, tenant_id: UUID) -> JobRecord:
+    """As `find_job`, without request and result. What it returns is shared: thousands may begin to read one job at
+    once."""
+    id_ = _parse_job_id(job_id)
+    record = await services.streamed_jobs.read(
+        (id_, tenant_id), lambda: services.read(job_queries.get, id_, tenant_id, with_result=False)
+    )
     if record is None:
         raise _not_found(job_id)
     job_id_context.set(external_id(id_))

@@ -36,6 +36,7 @@ from api.request_headers import header_of
 from api.routes import DirectRoute, Handler
 from api.scopes import scope_of
 from api.shared_frames import SharedFrames
+from api.shared_reads import SharedReads
 from api.signals import Signal
 from dialects.native import QueueView
 from domain.access import Scope
@@ -49,6 +50,7 @@ from observability import EventLoopMonitor, describe_exception, key_id_context
 from settings import Settings
 from storage import job_queries, jobs
 from storage.database import OUTAGES, repeatable, within
+from storage.job_queries import JobRecord
 from storage.stream_channels import REDIS_OUTAGES, channel_of
 from storage.streams import StreamMessage, StreamReader
 from tasks import job_log
@@ -104,6 +106,7 @@ class Services:
     draining: Signal  # set on SIGTERM: no longer ready, and streams end
     frames: SharedFrames = field(default_factory=SharedFrames)
     known_bodies: KnownBodies = field(default_factory=KnownBodies)
+    streamed_jobs: SharedReads[JobRecord | None] = field(default_factory=SharedReads)
     background: set["asyncio.Task[None]"] = field(default_factory=set)  # the tasks of `spawn` that are not done
     delivered: list[UUID] = field(default_factory=list)  # jobs for `note_delivered`, while others are being written
     is_noting_delivered: bool = False
