@@ -55,7 +55,7 @@ class Listeners:
 
     @property
     def seconds_until_back(self) -> float:
-        return round(max(0.0, self._back_at - self._lost_at), 1)
+        return round(max(0.0, self._back_at - self._lost_at), 1) if self._lost_at else 0.0
 
     def open_all(self, num: int, slow_paths: list[str], num_slow: int, per_second: float) -> None:
         began_at, self._num_all = time.monotonic(), num + num_slow
