@@ -39,6 +39,7 @@ from dialects.anthropic_batches import (
 from dialects.openai_views import optional_timestamp, timestamp
 from domain.errors import BatchNotFound, InvalidCursor, InvalidRequest
 from domain.jobs import BatchStatus, external_id, parse_id_of_other
+from observability import traceparent_context
 from storage import batches, files
 from storage.files import Batch
 
@@ -89,6 +90,7 @@ async def create_message_batch(request: Request) -> Response:
         ttl_seconds=services.settings.file_ttl_seconds,
         key_id=request.state.key_id,
         timeouts=body.timeouts.or_else(job_headers.timeouts),
+        traceparent=traceparent_context.get(),
     )
     return await _answer(request, batch)
 

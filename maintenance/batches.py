@@ -219,8 +219,10 @@ class BatchWork:
             return False
         with self._sessions.begin() as session:
             accepted, refused = self._accept(session, batch, new_jobs, refusals)
+        line_by_id = {new_job.id: line for line, new_job in new_jobs.items()}
         for new_job in accepted:
             job_log.accepted(new_job)
+            job_log.of_batch(new_job, batch, line_by_id[new_job.id])
         for refusal in refused:
             job_log.submitted(str(batch.model), refusal.code)
         return bool(accepted or refusals)

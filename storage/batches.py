@@ -53,6 +53,7 @@ def create(
     output_ttl_seconds: int,
     key_id: str | None = None,
     timeouts: Timeouts = NO_TIMEOUTS,
+    traceparent: str | None = None,
 ) -> Batch:
     """Create a batch. Raises FileNotFound, or TooManyQueuedJobs if the tenant has MAX_UNFINISHED unfinished batches."""
     file = session.scalar(
@@ -80,6 +81,7 @@ def create(
         key_id=key_id,
         start_timeout_seconds=timeouts.start_seconds,
         run_timeout_seconds=timeouts.run_seconds,
+        traceparent=traceparent,
         expires_at=func.statement_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, window_seconds),
     )
     session.add(batch)
@@ -111,6 +113,7 @@ def create_with_file(
     ttl_seconds: int,
     key_id: str | None = None,
     timeouts: Timeouts = NO_TIMEOUTS,
+    traceparent: str | None = None,
 ) -> Batch:
     """A batch whose lines came with the request for it. Raises as `create` does, and InsufficientQuota where the
     tenant's files have `max_bytes`."""
@@ -137,6 +140,7 @@ def create_with_file(
         output_ttl_seconds=ttl_seconds,
         key_id=key_id,
         timeouts=timeouts,
+        traceparent=traceparent,
     )
 
 

@@ -99,6 +99,7 @@ class Batch(Row):
     output_ttl_seconds: Mapped[int]
     start_timeout_seconds: Mapped[float | None] = mapped_column(Double)  # of lines that have none of their own
     run_timeout_seconds: Mapped[float | None] = mapped_column(Double)
+    traceparent: Mapped[str | None]  # of the request that created it, if that is part of a trace
     model: Mapped[str | None]
     errors: Mapped[BatchErrors | None] = mapped_column(PydanticJSON(BatchErrors))
     output_file_id: Mapped[UUID | None]

@@ -25,6 +25,7 @@ from metrics import (
     submitted_prompt_tokens_total,
     time_to_first_token_seconds,
 )
+from storage.files import Batch
 from storage.job_accept import AcceptOutcome, NewJob
 from storage.jobs import ClaimedJob, Finalisation, Restarted, Returned
 from tasks.tracing import generation_attributes, job_span, trace_ids
@@ -69,6 +70,12 @@ def accepted(new_job: NewJob) -> None:
     facts = {"model": request.model, "kind": request.kind, "prompt_tokens": len(new_job.prompt_token_ids)}
     _log("accepted", new_job.id, new_job, facts | {"max_tokens": new_job.max_tokens})
     job_span("accept", new_job.id, new_job.traceparent, attributes={"gen_ai.request.model": request.model})
+
+
+def of_batch(new_job: NewJob, batch: Batch, line: int) -> None:
+    """Where an accepted job comes from. Each line is a trace of its own: a batch has too many for one."""
+    ids: dict[str, str | int] = {"celeriac.batch.id": external_id(batch.id, "batch"), "celeriac.batch.line": line}
+    job_span("batch line", new_job.id, new_job.traceparent, attributes=ids, linked_to=batch.traceparent)
 
 
 def answered(new_job: NewJob) -> None:

@@ -117,8 +117,10 @@ def job_span(
     seconds: float = 0.0,
     attributes: Attributes | None = None,
     error: str | None = None,
+    linked_to: str | None = None,
 ) -> None:
-    """Record what has been done for a job: something that ends now and began `seconds` ago."""
+    """Record what has been done for a job: something that ends now and began `seconds` ago. `linked_to` is a place in
+    another trace that it came from."""
     recorder = tracer()
     if recorder is None:
         return
@@ -129,6 +131,7 @@ def job_span(
         context=_context(place),
         start_time=now - round(max(0.0, seconds) * NANOSECONDS),
         attributes={"celeriac.job.id": external_id(job_id), **(attributes or {})},
+        links=_links(linked_to),
     )
     if error is not None:
         _fail(span, error)
@@ -159,13 +162,24 @@ def generation_attributes(request: "JobRequest") -> dict[str, Any]:
 def _context(place: str | None) -> Any:
     """OpenTelemetry's context for a child of this place; an empty one for a new trace."""
     from opentelemetry.context import Context
-    from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
+    from opentelemetry.trace import NonRecordingSpan, set_span_in_context
 
     if place is None:
         return Context()
+    return set_span_in_context(NonRecordingSpan(_span_context(place)), Context())
+
+
+def _links(place: str | None) -> list[Any]:
+    from opentelemetry.trace import Link
+
+    return [] if place is None else [Link(_span_context(place))]
+
+
+def _span_context(place: str) -> Any:
+    from opentelemetry.trace import SpanContext, TraceFlags
+
     _, trace_id, span_id, flags = place.split("-")
-    parent = SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16)))
-    return set_span_in_context(NonRecordingSpan(parent), Context())
+    return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote=True, trace_flags=TraceFlags(int(flags, 16)))
 
 
 def _fail(span: "Span", error: str) -> None:

@@ -20,7 +20,7 @@ from dialects.openai_batches import ROUTES
 from dialects.openai_views import InputTokensDetailsView, OutputTokensDetailsView, PageView, View
 from domain.errors import BatchNotFound, InvalidRequest
 from domain.jobs import BatchErrors, BatchStatus, external_id, parse_id_of_other
-from observability import request_id_context
+from observability import request_id_context, traceparent_context
 from storage import batches
 from storage.files import Batch
 
@@ -139,6 +139,7 @@ async def create_batch(request: Request) -> Response:
         output_ttl_seconds=ttl_seconds,
         key_id=request.state.key_id,
         timeouts=body.timeouts.or_else(job_headers.timeouts),
+        traceparent=traceparent_context.get(),
     )
     return _answer(batch)
 

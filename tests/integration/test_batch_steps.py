@@ -16,7 +16,7 @@ from dialects import openai_batches
 from dialects.openai_batches import LineRequest
 from domain.access import Limits
 from domain.job_options import NO_TIMEOUTS, Timeouts
-from domain.jobs import PIECE_BYTES, BatchStatus, LineOutcome
+from domain.jobs import PIECE_BYTES, BatchStatus, LineOutcome, external_id
 from maintenance.batches import BatchWork
 from metrics import jobs_submitted_total
 from settings import Settings
@@ -24,6 +24,7 @@ from storage import administration, batch_lines, batches, files
 from storage.administration import TenantChanges
 from storage.files import Batch, BatchLine
 from storage.tables import DEFAULT_TENANT_ID, Job
+from tasks import tracing
 from tests.conftest import MakeTenant
 from tests.integration.api_harness import CATALOG
 from text.models import ModelViews
@@ -102,6 +103,34 @@ def bench(
     yield bench
     for work in bench.works:
         work.close()
+
+
+def test_each_line_is_a_trace_that_is_linked_to_the_request_for_the_batch(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("opentelemetry.sdk")
+    from tests.integration.test_traces import Recorded
+
+    recorded = Recorded()
+    monkeypatch.setattr(tracing, "tracer", lambda: recorded.provider.get_tracer("celeriac"))
+    batch_id = bench.make_batch(line(1, temperature=0) + line(2))
+    trace, span = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    with bench.sessions.begin() as session:
+        session.execute(update(Batch).values(traceparent=f"00-{trace}-{span}-01"))
+    work = bench.work()
+    while work.step(batch_id):
+        pass
+    jobs = {number: one.job_id for number, one in enumerate(bench.lines(batch_id), start=1)}
+    for number, job_id in jobs.items():
+        assert job_id is not None
+        found = recorded.of_trace(job_id.hex)["batch line"]
+        [link] = found.links
+        assert (f"{link.context.trace_id:032x}", f"{link.context.span_id:016x}") == (trace, span)
+        facts = dict(found.attributes or {})
+        assert (facts["celeriac.batch.id"], facts["celeriac.batch.line"]) == (external_id(batch_id, "batch"), number)
+    told = [str(one.to_json()) for one in recorded.exporter.get_finished_spans()]
+    assert len(told) == 2 * 2, "an accept and a batch line for each"
+    assert not any("Number" in one for one in told), "which are in the prompts"
 
 
 def error_codes(batch: Batch) -> list[tuple[int | None, str]]:

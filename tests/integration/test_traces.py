@@ -1,12 +1,17 @@
 """One trace from a client's request to the last chunk and the webhook, whichever part did what."""
 
+import json
 import logging
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
+from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import Catalog
+from settings import Settings
+from storage.files import Batch
 from tasks import tracing
 from tests.integration.api_harness import ApiServer
 from tests.integration.runner_harness import MODEL, Rig
@@ -132,6 +137,22 @@ def test_a_job_is_one_trace_through_all_that_work_on_it(
         spans = recorded.wait_for(f"{attempt.context.trace_id:032x}", "POST /v1/jobs")
         assert parent_of(attempt) == f"{spans['POST /v1/jobs'].context.span_id:016x}"
         assert spans["POST /v1/jobs"].parent is None
+
+
+def test_a_batch_remembers_the_request_that_created_it(
+    database_url: str, redis_url: str, session_factory: sessionmaker[Session], recorded: Recorded
+) -> None:
+    line = {"custom_id": "1", "method": "POST", "url": "/v1/completions", "body": {"model": "fake", "prompt": "Hi"}}
+    settings = Settings(database_url=database_url, redis_url=redis_url)
+    with ApiServer(settings) as api, httpx.Client(base_url=api.url) as http:
+        files = {"file": ("in.jsonl", json.dumps(line).encode())}
+        file_id = http.post("/v1/files", files=files, data={"purpose": "batch"}).json()["id"]
+        body = {"input_file_id": file_id, "endpoint": "/v1/completions", "completion_window": "24h"}
+        headers = {"traceparent": f"00-{TRACE}-{CLIENT_SPAN}-01"}
+        assert http.post("/v1/batches", json=body, headers=headers).status_code == 200
+        span = recorded.wait_for(TRACE, "POST /v1/batches")["POST /v1/batches"]
+    with session_factory() as session:
+        assert session.query(Batch).one().traceparent == f"00-{TRACE}-{span.context.span_id:016x}-01"
 
 
 def test_a_job_that_no_request_submitted_is_a_trace_of_its_own(rig: Rig, recorded: Recorded) -> None:
