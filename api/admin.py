@@ -44,6 +44,10 @@ class WorkerView(View):
     ready_in_seconds: Annotated[
         float | None, Field(description="Estimated time until the model is loaded; null if it is, or unknown.")
     ]
+    troubles: Annotated[
+        dict[str, str],
+        Field(description="What it finds wrong with itself: by codes of docs/runbooks.md, a sentence each."),
+    ]
     started_at: datetime
     drained_since: datetime | None  # when an operator ordered the drain; null if the worker takes jobs
 
@@ -241,6 +245,7 @@ def _view(worker: Worker, drained_since: Mapping[str, datetime]) -> WorkerView:
         memory_bytes=worker.memory_bytes,
         load_percent=worker.load_percent,
         ready_in_seconds=worker.ready_in_seconds if worker.state is not WorkerState.READY else None,
+        troubles=worker.troubles,
         started_at=worker.started_at,
         drained_since=drained_since.get(worker.hostname),
     )

@@ -115,13 +115,12 @@ def queues_table(queues: Iterable[Mapping[str, Any]]) -> Table:
 
 def workers_table(models: Iterable[dict[str, Any]]) -> Table:
     """The live workers of these models, as the admin API describes them."""
-    table = table_of("worker", "model", "state", "running", "tokens/s")
+    table = table_of("worker", "model", "state", "running", "tokens/s", folded="state")
     rows = [(worker["hostname"], model["id"], worker) for model in models for worker in model["workers"]]
     for hostname, model_id, worker in sorted(rows, key=lambda row: row[:2]):
         running = f"{worker['num_running']} of {worker['max_num_seqs']}"
-        table.add_row(
-            hostname, model_id, with_percent(worker["state"], worker), running, f"{worker['tokens_per_second']:g}"
-        )
+        state = "; ".join([with_percent(worker["state"], worker), *worker.get("troubles", {}).values()])
+        table.add_row(hostname, model_id, escape(state), running, f"{worker['tokens_per_second']:g}")
     return table
 
 

@@ -1,6 +1,6 @@
 """How soon the cause of a trouble is named, by whom.
 
-    python -m tests.chaos.causes                        # all of them: a quarter of an hour
+    python -m tests.chaos.causes                        # all of them: half an hour
     python -m tests.chaos.causes --only "redis is full" --only "a table is locked"
 
 The whole system runs with two APIs, two workers of the fake model and a Prometheus, if there is one, which evaluates
@@ -51,6 +51,7 @@ class Verdict:
     seconds: dict[str, float] = field(default_factory=dict)
     words: dict[str, str] = field(default_factory=dict)
     last_said: dict[str, str] = field(default_factory=dict)
+    job: str = ""  # what its client reads of a job meanwhile
     silent: list[str] = field(default_factory=list)  # the witnesses that should have named it, and did not in time
 
 
@@ -199,6 +200,19 @@ class Trickle:
                 except httpx.HTTPError:
                     self.num_refused += 1
 
+    def newest_says(self) -> str:
+        """What its client reads of the newest job: its status, and what it waits for if it is queued."""
+        if not self.job_ids:
+            return "nothing was accepted yet"
+        try:
+            answer = httpx.get(f"{self._plant.api_urls[0]}/v1/jobs/{self.job_ids[-1]}", timeout=20)
+        except httpx.HTTPError as exc:
+            return type(exc).__name__
+        if answer.status_code != 200:
+            return f"{answer.status_code} {answer.json()['error']['code']}"
+        job = answer.json()
+        return f"{job['status']} {(job.get('queue') or {}).get('waiting_for') or ''}".strip()
+
     def close(self) -> dict[str, int]:
         """How many jobs of each status there are once all have ended."""
         self._is_over.set()
@@ -242,11 +256,12 @@ def try_all(names: list[str], *, is_prepared: bool) -> dict[str, Any]:
         )
         with plant, Scene(plant, has_small_disk=is_small) as scene, prometheus(plant, folder) as url:
             trickle = Trickle(plant)
-            verdicts = [verdict for cause in causes if (verdict := _try(scene, cause, url)) is not None]
+            verdicts = [verdict for cause in causes if (verdict := _try(scene, cause, url, trickle)) is not None]
             statuses = trickle.close()
             report = {
                 "causes": {verdict.cause: verdict.seconds for verdict in verdicts},
                 "words": {verdict.cause: verdict.words for verdict in verdicts},
+                "job": {verdict.cause: verdict.job for verdict in verdicts},
                 "not_named": {verdict.cause: verdict.silent for verdict in verdicts if verdict.silent},
                 "jobs": statuses,
                 "refused": trickle.num_refused,
@@ -257,7 +272,7 @@ def try_all(names: list[str], *, is_prepared: bool) -> dict[str, Any]:
     return report
 
 
-def _try(scene: Scene, cause: Cause, prometheus_url: str | None) -> Verdict | None:
+def _try(scene: Scene, cause: Cause, prometheus_url: str | None, trickle: Trickle) -> Verdict | None:
     """None if this cause cannot be brought about here."""
     if cause.needs_small_disk and not scene.has_small_disk:
         print(f"{cause.name}: skipped, since no file system may be mounted here", flush=True)
@@ -268,12 +283,14 @@ def _try(scene: Scene, cause: Cause, prometheus_url: str | None) -> Verdict | No
     watch = Watch(scene, cause, prometheus_url)
     try:
         verdict = watch.run()
+        verdict.job = trickle.newest_says()
     finally:
         strike()
     print(f"{cause.name}: " + ", ".join(f"{who} {verdict.seconds.get(who, '–')}" for who in WITNESSES), flush=True)
     for witness in WITNESSES:
         said = verdict.words.get(witness) or f"– (it says {verdict.last_said.get(witness)!r})"
         print(f"    {witness}: {said}", flush=True)
+    print(f"    a job: {verdict.job}", flush=True)
     began_at = time.monotonic()
     scene.wait_until_well(HEAL_SECONDS)
     print(f"    well again after {time.monotonic() - began_at:.1f} s", flush=True)

@@ -100,6 +100,8 @@ def test_what_a_worker_tells_of_itself_is_a_reason_and_the_words_are_the_operato
     beat(session_factory, "gpu-1@here", troubles={"process_redis": "secret words", "of_the_next_release": "?"})
     told("a worker of fake cannot reach Redis: see the network", ReasonCode.PROCESS_REDIS)
     assert "secret words" not in http.get("/health").text
+    [model] = [model for model in http.get("/v1/admin/models").json()["data"] if model["workers"]]
+    assert model["workers"][0]["troubles"]["process_redis"] == "secret words"
     with session_factory() as session:
         assert "secret words" in [one.words for one in troubles.told_troubles(session)]
 
