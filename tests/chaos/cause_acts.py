@@ -285,8 +285,10 @@ def break_archive(scene: Scene) -> Undo:
     archive = scene.plant.folder / "archive"
     shutil.rmtree(archive, ignore_errors=True)
     archive.write_text("")
-    body = {"prompt": "A story", "model": "fake", "params": {"max_tokens": 5}, "result_ttl": 1}
-    httpx.post(f"{scene.plant.api_urls[0]}/v1/jobs", json=body, timeout=10).raise_for_status()
+    due = """UPDATE jobs SET prune_at = now() WHERE id IN (
+        SELECT id FROM jobs WHERE status = 'completed' AND prune_at IS NOT NULL LIMIT 1)"""
+    with scene.plant.connect() as connection:
+        wait_until(lambda: connection.execute(due).rowcount, "a job has ended")
     return archive.unlink
 
 
