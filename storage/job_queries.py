@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, Text, bindparam, case, cast, literal, select, text, update
+from sqlalchemy import ColumnElement, Select, bindparam, case, literal, select, text, update
 from sqlalchemy.orm import Session
 
 from domain.jobs import MIN_PRIORITY, Endpoint, JobStatus, first_id
 from domain.model_names import parse_model_name
 from domain.requests import JobOutput, JobRequest, TokenChunk
+from storage.job_metadata import entries_of
 from storage.job_statements import CLOCK
 from storage.tables import Job, JobAttempt, JobChunk, JobPayload, JobResult, Worker
 
@@ -108,6 +109,8 @@ def _is_of(name: str) -> list[ColumnElement[bool]]:
     return [Job.model == model_id] + ([] if adapter is None else [Job.adapter == adapter])
 
 
+S = TypeVar("S", bound=Select[*tuple[Any, ...]])
+
 # How much later than its job's acceptance, by the database's clock, the API may have drawn an id, by its own.
 CLOCK_SKEW_SECONDS = 3_600.0
 
@@ -134,22 +137,39 @@ def list_jobs(
     if model is not None:
         statement = statement.where(*_is_of(model))
     if created_after is not None:
-        statement = statement.where(
-            Job.created_at > created_after, Job.id > first_id(created_after.timestamp() - CLOCK_SKEW_SECONDS)
-        )
-    for key, value in (metadata or {}).items():
-        statement = statement.where(has_metadata(key, value))
+        statement = statement.where(Job.created_at > created_after)
     if idempotency_key is not None:
         statement = statement.where(Job.idempotency_key == idempotency_key)
     if batch is not None:
         statement = statement.where(Job.id.in_(lines_of(tenant_id, batch)))
-    if after is not None:
-        statement = statement.where(Job.id > after if order == "asc" else Job.id < after)
-    statement = statement.order_by(Job.id.asc() if order == "asc" else Job.id.desc()).limit(limit)
+    first = None if created_after is None else first_id(created_after.timestamp() - CLOCK_SKEW_SECONDS)
+    statement = _page(statement, tenant_id, metadata or {}, after=after, first=first, order=order).limit(limit)
     found = list(session.scalars(statement.execution_options(populate_existing=True)))
     for job in found:
         session.expunge(job)
     return found
+
+
+def _page(
+    statement: S,
+    tenant_id: UUID,
+    metadata: Mapping[str, str],
+    *,
+    after: UUID | None,
+    first: UUID | None = None,
+    order: Literal["asc", "desc"],
+) -> S:
+    """The jobs with this metadata, in the order of ids, from `first` on."""
+    ids = [Job.id]
+    for row, joined in entries_of(tenant_id, metadata):
+        statement = statement.join(row, joined)
+        ids.append(row.job_id)
+    for id in ids:  # of each table, since PostgreSQL takes over only equalities from one to another
+        if first is not None:
+            statement = statement.where(id > first)
+        if after is not None:
+            statement = statement.where(id > after if order == "asc" else id < after)
+    return statement.order_by(Job.id.asc() if order == "asc" else Job.id.desc())
 
 
 def lines_of(tenant_id: UUID, batch: str) -> Select[UUID]:
@@ -197,14 +217,6 @@ def stream_states(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, Strea
         return {}
     rows = session.execute(STREAM_STATES, {"ids": list(job_ids)})
     return {row.id: StreamState(JobStatus(row.status), row.attempt, row.committed_sequence_number) for row in rows}
-
-
-def has_metadata(key: str, value: str) -> ColumnElement[bool]:
-    """Whether a job's metadata has this entry. Metadata with an escaped NUL never matches, since PostgreSQL cannot
-    extract values from such JSON."""
-    metadata = Job.__table__.c.metadata
-    holds_nul = cast(metadata, Text).contains("\\u0000", autoescape=True)
-    return case((holds_nul, False), else_=metadata.op("->>")(key) == value)
 
 
 def attempts_of(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, list[JobAttempt]]:
@@ -297,11 +309,7 @@ def list_stored(
     )
     if model is not None:
         statement = statement.where(*_is_of(model))
-    for key, value in metadata.items():
-        statement = statement.where(has_metadata(key, value))
-    if after is not None:
-        statement = statement.where(Job.id > after if order == "asc" else Job.id < after)
-    statement = statement.order_by(Job.id.asc() if order == "asc" else Job.id.desc()).limit(limit)
+    statement = _page(statement, tenant_id, metadata, after=after, order=order).limit(limit)
     rows = session.execute(statement.execution_options(populate_existing=True)).all()
     for row in rows:
         session.expunge(row[0])

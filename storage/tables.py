@@ -239,6 +239,7 @@ class Job(Row):
         # lease_expires_at is not indexed, so that renewals stay heap-only updates.
         Index("jobs_running_idx", "lease_owner", postgresql_where=text("status = 'in_progress'")),
         Index("jobs_tenant_idx", "tenant_id", text("id DESC")),
+        Index("jobs_model_idx", "tenant_id", "model", text("id DESC")),
         Index(
             "jobs_deadline_idx",
             text("LEAST(deadline_at, start_deadline_at)"),

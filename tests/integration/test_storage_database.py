@@ -11,9 +11,11 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Engine, create_engine, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
+from storage import job_queries
 from storage.database import MIGRATIONS, OUTAGES, migrate, open_database, session_factory
 from storage.database import database_url as normalised
 from storage.tables import DEFAULT_TENANT_ID, Row, Tenant, TenantLoad
+from tests.conftest import MakeJob
 
 CATALOG = {
     "constraints": """
@@ -120,3 +122,17 @@ def test_a_server_that_became_a_standby_is_an_outage_and_its_connection_is_left(
             session.execute(update(Tenant).values(name="another"))
     with impatient_sessions() as session:
         assert session.scalar(backend) != left
+
+
+def test_jobs_of_the_last_release_are_found_by_their_metadata(
+    session: Session, make_job: MakeJob, database_url: str
+) -> None:
+    older = [make_job(job_metadata=metadata) for metadata in ({"team": "red"}, {}, {"team": "nul \x00"})]
+    session.commit()
+    ids = [job.id for job in older]
+    session.execute(text("TRUNCATE metadata_entries"))
+    session.execute(text("UPDATE alembic_version SET version_num = '0035'"))
+    session.commit()
+    migrate(database_url)
+    found = job_queries.list_jobs(session, DEFAULT_TENANT_ID, metadata={"team": "red"})
+    assert [job.id for job in found] == ids[:1]

@@ -1,6 +1,7 @@
 """Reading jobs, positions and figures; keys, tenants and workers."""
 
 from datetime import UTC, datetime, timedelta
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -10,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus, WorkerState
 from storage import job_queries, job_queues, jobs, tenants, workers
+from storage.job_metadata import MetadataEntry
 from storage.job_queries import StreamState
 from storage.job_queues import QueuePosition
 from storage.jobs import ChunkCommit, Finalisation
@@ -76,6 +78,23 @@ class TestJobs:
         assert found(metadata={"it's": "%"}) == 0
         [job] = job_queries.list_jobs(session, DEFAULT_TENANT_ID, metadata={"team": "red"})
         assert job.id == done.id
+
+    def test_a_job_is_found_by_the_metadata_that_it_has_now(self, session: Session, make_job: MakeJob) -> None:
+        first = make_job(job_metadata={"team": "red", "n": "1"}, is_stored=True)
+        second = make_job(job_metadata={"team": "red", "é:": "\N{PENGUIN} ' %"})
+
+        def found(metadata: dict[str, str], **options: Any) -> list[UUID]:
+            return [job.id for job in job_queries.list_jobs(session, DEFAULT_TENANT_ID, metadata=metadata, **options)]
+
+        assert found({"team": "red"}) == [second.id, first.id]
+        assert found({"team": "red"}, after=second.id) == found({"n": "1", "team": "red"}) == [first.id]
+        assert found({"team": "red"}, after=first.id, order="asc") == found({"é:": "\N{PENGUIN} ' %"}) == [second.id]
+        job_queries.set_metadata(session, first.id, DEFAULT_TENANT_ID, {"team": "blue"})
+        assert found({"team": "blue"}) == [first.id]
+        assert found({"team": "red"}) == [second.id]
+        jobs.delete(session, first.id, DEFAULT_TENANT_ID)
+        jobs.delete(session, second.id, DEFAULT_TENANT_ID)
+        assert session.scalars(select(MetadataEntry)).all() == []
 
     def test_a_job_is_found_by_its_key_and_by_its_batch(self, session: Session, make_job: MakeJob) -> None:
         lines = [make_job(idempotency_key=f"batch_1 {number}", priority=-20).id for number in (1, 2)]

@@ -1,0 +1,89 @@
+"""Lists of jobs by model and by metadata: an index, and a table of entries that triggers keep (ADR 69).
+
+Triggers, so that jobs of the last release's processes have their entries too. They come first and the entries of older
+jobs after them, in short transactions; what is done twice does no harm.
+"""
+
+from alembic import op
+
+revision = "0036"
+down_revision = "0035"
+
+TENANT = "current_setting('celeriac.tenant_id', true)"
+
+POLICY = f"CASE WHEN {TENANT} IS NULL THEN true WHEN tenant_id = nullif({TENANT}, '')::uuid THEN true END IS NOT NULL"
+
+# As `entry_of` in storage/job_metadata.py. JSON with an escaped NUL cannot be read, so it has no entries.
+ENTRY = "md5(length(m.key) || ':' || m.key || m.value)::uuid"
+HAS_NO_NUL = r"strpos({job}.metadata::text, '\u0000') = 0"
+
+FUNCTION = rf"""
+CREATE OR REPLACE FUNCTION enter_metadata() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    IF TG_OP <> 'INSERT' AND {HAS_NO_NUL.format(job="OLD")} THEN
+        DELETE FROM metadata_entries e USING json_each_text(OLD.metadata) m
+        WHERE e.tenant_id = OLD.tenant_id AND e.entry = {ENTRY} AND e.job_id = OLD.id;
+    END IF;
+    IF TG_OP <> 'DELETE' AND {HAS_NO_NUL.format(job="NEW")} THEN
+        INSERT INTO metadata_entries (tenant_id, entry, job_id)
+        SELECT NEW.tenant_id, {ENTRY}, NEW.id FROM json_each_text(NEW.metadata) m ON CONFLICT DO NOTHING;
+    END IF;
+    RETURN NULL;
+END $$
+"""
+
+TRIGGERS = {
+    "jobs_metadata_added": "INSERT ON jobs FOR EACH ROW WHEN (NEW.metadata::text <> '{}')",
+    "jobs_metadata_changed": "UPDATE OF metadata ON jobs FOR EACH ROW",
+    "jobs_metadata_deleted": "DELETE ON jobs FOR EACH ROW WHEN (OLD.metadata::text <> '{}')",
+}
+
+NUM_AT_ONCE = 10_000
+
+# The jobs are locked against being deleted, so that no entry outlives its job.
+ENTER = rf"""
+WITH stored AS MATERIALIZED (
+    SELECT id, tenant_id, metadata FROM jobs j WHERE id > '{{after}}' ORDER BY id LIMIT {NUM_AT_ONCE} FOR KEY SHARE
+),
+entered AS (
+    INSERT INTO metadata_entries (tenant_id, entry, job_id)
+    SELECT j.tenant_id, {ENTRY}, j.id FROM stored j CROSS JOIN LATERAL json_each_text(
+        CASE WHEN {HAS_NO_NUL.format(job="j")} THEN j.metadata ELSE '{{{{}}}}' END) m ON CONFLICT DO NOTHING
+)
+SELECT id FROM stored ORDER BY id DESC LIMIT 1
+"""
+
+
+def upgrade() -> None:
+    with op.get_context().autocommit_block():
+        op.execute("DROP INDEX CONCURRENTLY IF EXISTS jobs_model_idx")  # of an attempt that was interrupted
+        op.execute("CREATE INDEX CONCURRENTLY jobs_model_idx ON jobs (tenant_id, model, id DESC)")
+        op.execute("""
+            CREATE TABLE IF NOT EXISTS metadata_entries (
+                tenant_id uuid NOT NULL, entry uuid NOT NULL, job_id uuid NOT NULL,
+                CONSTRAINT metadata_entries_pkey PRIMARY KEY (tenant_id, entry, job_id)
+            ) WITH (autovacuum_vacuum_scale_factor = 0.02)
+        """)
+        op.execute("DROP POLICY IF EXISTS of_tenant ON metadata_entries")
+        op.execute(f"CREATE POLICY of_tenant ON metadata_entries USING ({POLICY})")
+        op.execute("ALTER TABLE metadata_entries FORCE ROW LEVEL SECURITY")
+        op.execute("ALTER TABLE metadata_entries ENABLE ROW LEVEL SECURITY")
+        op.execute(FUNCTION)
+        for name, event in TRIGGERS.items():
+            op.execute(f"CREATE OR REPLACE TRIGGER {name} AFTER {event} EXECUTE FUNCTION enter_metadata()")
+        _enter_all()
+
+
+def _enter_all() -> None:
+    after = "00000000-0000-0000-0000-000000000000"
+    while after is not None:
+        after = op.get_bind().exec_driver_sql(ENTER.format(after=after)).scalar()
+
+
+def downgrade() -> None:
+    with op.get_context().autocommit_block():
+        for name in TRIGGERS:
+            op.execute(f"DROP TRIGGER IF EXISTS {name} ON jobs")
+        op.execute("DROP FUNCTION IF EXISTS enter_metadata()")
+        op.execute("DROP TABLE IF EXISTS metadata_entries")
+        op.execute("DROP INDEX CONCURRENTLY IF EXISTS jobs_model_idx")
