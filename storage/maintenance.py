@@ -33,6 +33,8 @@ UPDATE tenant_load l SET
 WHERE l.tenant_id = ANY(CAST(:ids AS uuid[]))
 """)
 
+MAX_UNSERVED = 10_000  # jobs of a model, that are counted
+
 # Jobs that could run but have no live worker of their model. Every worker serves both lanes. The models come from one
 # look into the index for each, so that jobs of those that are served are not read.
 UNSERVED = text(f"""
@@ -44,7 +46,7 @@ WITH RECURSIVE queued(model) AS (
 )
 SELECT j.model, j.lane, count(*) AS num_jobs FROM queued q CROSS JOIN LATERAL (
     SELECT * FROM jobs j WHERE j.status = 'queued' AND j.model = q.model
-        AND j.available_at < {CLOCK} - make_interval(secs => :patience_seconds) OFFSET 0) j
+        AND j.available_at < {CLOCK} - make_interval(secs => :patience_seconds) LIMIT {MAX_UNSERVED}) j
 WHERE NOT EXISTS (SELECT FROM workers w WHERE w.model = q.model AND w.state = 'ready'
         AND w.seen_at > {CLOCK} - make_interval(secs => :live_seconds))
 GROUP BY j.model, j.lane
@@ -114,7 +116,7 @@ def reconcile_load(session: Session) -> int:
 
 
 def unserved_jobs(session: Session, *, patience_seconds: float, live_seconds: float) -> dict[str, int]:
-    """By "model/lane", how many jobs are waiting without a live worker."""
+    """By "model/lane", how many jobs are waiting without a live worker, up to MAX_UNSERVED."""
     rows = session.execute(UNSERVED, {"patience_seconds": patience_seconds, "live_seconds": live_seconds})
     return {f"{row.model}/{row.lane}": row.num_jobs for row in rows}
 

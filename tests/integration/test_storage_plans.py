@@ -83,6 +83,12 @@ def test_looking_for_revisions_that_are_gone_reads_no_jobs_without_output(sessio
     assert _rows_touched(session, job_ends.GONE_REVISIONS, {"live_seconds": 15}) < 50
 
 
+def test_figures_of_a_long_queue_read_none_but_its_ends(session: Session, make_job: MakeJob) -> None:
+    make_copies(session, make_job(), 3000)
+    session.execute(text("ANALYZE jobs"))
+    assert _rows_touched(session, job_queues.LONG_WAITING_GROUPS, {"num_ends": 4}) < 100
+
+
 def test_the_lines_of_a_batch_are_found_by_their_index(session: Session, make_job: MakeJob) -> None:
     make_copies(session, make_job(status=JobStatus.COMPLETED), 3000)
     session.execute(text("ANALYZE jobs"))

@@ -158,6 +158,32 @@ class TestQueue:
         assert 89 < here.oldest_queued_seconds < 120
         assert figures["another"].oldest_queued_seconds == 0
 
+    def test_figures_of_long_queues_are_taken_from_their_ends(
+        self, session: Session, make_job: MakeJob, make_tenant: MakeTenant, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        of_one, of_two = make_tenant(), make_tenant()
+        for number in range(60):
+            make_job(tenant_id=of_one.id, cost=10, created_at=PAST if number == 0 else datetime.now(UTC))
+            make_job(tenant_id=of_two.id, cost=20, model=MODEL if number % 3 else "another")
+        make_job(tenant_id=of_one.id, cost=30, model="another")
+        lines = [make_job(cost=40, priority=-20) for _ in range(3)]
+        exact = job_queues.queue_figures(session)
+        monkeypatch.setattr(job_queues, "MAX_READ", 30)
+        estimated = job_queues.queue_figures(session)
+        assert set(estimated) == set(exact)
+        for model, figures in exact.items():
+            assert len(estimated[model].waiting) == len(figures.waiting)
+            assert estimated[model].num_queued == figures.num_queued
+            assert estimated[model].loads == figures.loads
+            assert estimated[model].oldest_queued_seconds == pytest.approx(figures.oldest_queued_seconds, abs=1)
+        assert sum(group.num_jobs for group in estimated[MODEL].waiting if group.job.is_held_line) == len(lines)
+
+    @pytest.mark.parametrize(
+        ("nums_queued", "num_ends"), [([1] * 999 + [10**6], 9_500), ([1_000] * 1_000, 10), ([10] * 10**5, 4)]
+    )
+    def test_about_as_many_jobs_are_read_of_many_queues_as_of_one(self, nums_queued: list[int], num_ends: int) -> None:
+        assert job_queues.num_ends(nums_queued) == num_ends
+
 
 class TestKeys:
     def test_a_key_names_its_tenant_and_only_its_hash_is_stored(self, session: Session) -> None:
