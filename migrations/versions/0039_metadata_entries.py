@@ -6,8 +6,8 @@ jobs after them, in short transactions; what is done twice does no harm.
 
 from alembic import op
 
-revision = "0036"
-down_revision = "0035"
+revision = "0039"
+down_revision = "0037"
 
 TENANT = "current_setting('celeriac.tenant_id', true)"
 
