@@ -7,7 +7,7 @@ jobs after them, in short transactions; what is done twice does no harm.
 from alembic import op
 
 revision = "0039"
-down_revision = "0037"
+down_revision = "0038"
 
 TENANT = "current_setting('celeriac.tenant_id', true)"
 
