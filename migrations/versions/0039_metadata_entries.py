@@ -75,7 +75,7 @@ def upgrade() -> None:
 
 
 def _enter_all() -> None:
-    after = "00000000-0000-0000-0000-000000000000"
+    after: str | None = "00000000-0000-0000-0000-000000000000"
     while after is not None:
         after = op.get_bind().exec_driver_sql(ENTER.format(after=after)).scalar()
 
