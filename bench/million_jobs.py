@@ -3,7 +3,8 @@
 Full are a million queued jobs of a thousand tenants, ten thousand running ones, and a million ended ones of one more
 tenant, with their records in the ledger. Both databases are on one embedded PostgreSQL with fsync on, whose role is a
 plain one, so row-level security is in force. Operations run by turns on both. Prints what each took and the ratio, with
-`--explain` the plans of those with a ratio over 2, then one JSON line. `--jobs 100000` is a tenth of it all.
+`--explain` the plans of those with a ratio over 2, then one JSON line. `--jobs 100000` is a tenth of it all; with
+`--tenants 1` all queued jobs are of one tenant; with `--unanalysed` PostgreSQL knows nothing of the full tables.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def open_place(url: str, *, is_full: bool) -> Place:
     database, walled, accepting = open_database(url), open_database(url), open_database(url)
     keep_plans(accepting)
     with database.connect() as connection:
-        tenant_id, ended = connection.execute(text("SELECT md5('tenant 7')::uuid, md5('tenant 0')::uuid")).one()
+        tenant_id, ended = connection.execute(text("SELECT md5('tenant 1')::uuid, md5('tenant 0')::uuid")).one()
     place = Place(database, walled, accepting, tenant_id, ended, is_full=is_full)
 
     @event.listens_for(walled, "before_cursor_execute")
@@ -142,7 +143,7 @@ def open_place(url: str, *, is_full: bool) -> Place:
     return place
 
 
-def fill(url: str, num_jobs: int) -> None:
+def fill(url: str, num_jobs: int, num_tenants: int = NUM_TENANTS) -> None:
     """As a superuser and without triggers: policies and foreign keys would take most of the time."""
     database = open_database(url)
     wanted = [("completed", num_jobs * 99 // 100), ("failed", num_jobs // 100), ("queued", num_jobs)]
@@ -150,7 +151,7 @@ def fill(url: str, num_jobs: int) -> None:
     for status, count in [*wanted, ("in_progress", max(NUM_TENANTS, num_jobs // 100))]:
         began_at = time.monotonic()
         for start in range(first, first + count, BATCH):
-            statement = text(FILL.format(model=MODEL, num_tenants=NUM_TENANTS))
+            statement = text(FILL.format(model=MODEL, num_tenants=num_tenants))
             with database.begin() as connection:
                 connection.execute(text("SET LOCAL statement_timeout = 0"))
                 connection.execute(text("SET LOCAL session_replication_role = replica"))
@@ -164,6 +165,19 @@ def fill(url: str, num_jobs: int) -> None:
         connection.execute(text("SET statement_timeout = 0"))
         connection.execute(text("VACUUM ANALYZE"))
     database.dispose()
+
+
+FORGET = """
+DELETE FROM pg_statistic WHERE starelid IN (SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace);
+UPDATE pg_class SET reltuples = -1, relpages = 0, relallvisible = 0 WHERE relnamespace = 'public'::regnamespace
+"""
+
+
+def forget_statistics(url: str) -> None:
+    """As if neither autovacuum nor ANALYZE had seen the tables yet; autovacuum stays away from then on."""
+    with psycopg.connect(url, autocommit=True) as connection:
+        connection.execute("SET allow_system_table_mods = on")
+        connection.execute(FORGET)
 
 
 Operation = Callable[[Place], object]
@@ -343,10 +357,12 @@ def explain(place: Place, operation: Operation) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=1_000_000)
+    parser.add_argument("--tenants", type=int, default=NUM_TENANTS, choices=range(1, NUM_TENANTS + 1), metavar="N")
+    parser.add_argument("--unanalysed", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--explain", action="store_true")
     given = parser.parse_args()
-    settings = {"max_wal_size": "8GB", "shared_buffers": "1GB"}
+    settings = {"max_wal_size": "8GB", "shared_buffers": "1GB"} | ({"autovacuum": "off"} if given.unanalysed else {})
     with (
         tempfile.TemporaryDirectory(prefix="celeriac-bench-") as folder,
         EmbeddedPostgres(Path(folder), settings=settings) as server,
@@ -364,7 +380,9 @@ def main() -> None:
                 for statement in PREPARE.strip().split("\n"):
                     connection.execute(text(statement), {"num_tenants": NUM_TENANTS} if ":num" in statement else {})
             places.append(place)
-        fill(server.url_of("is_full"), given.jobs)
+        fill(server.url_of("is_full"), given.jobs, given.tenants)
+        if given.unanalysed:
+            forget_statistics(server.url_of("is_full"))
         took = measure(places, given.repeats)
         ratios = {name: round(full / empty, 2) for name, (empty, full) in took.items()}
         for name, (empty, full) in took.items():
@@ -378,7 +396,17 @@ def main() -> None:
             for database in (place.database, place.walled, place.accepting):
                 database.dispose()
     over = {name: ratio for name, ratio in ratios.items() if ratio > 2}
-    print(json.dumps({"bench": "million_jobs", "cpus": os.cpu_count(), "jobs": given.jobs, "over_2": over}))
+    print(
+        json.dumps(
+            {
+                "bench": "million_jobs",
+                "cpus": os.cpu_count(),
+                "jobs": given.jobs,
+                "tenants": given.tenants,
+                "over_2": over,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":
