@@ -188,14 +188,17 @@ class QueueRows:
 
 
 def queue_rows(session: Session) -> QueueRows:
-    """Reads every running job, and all that are queued if these are at most MAX_READ, so call it at most once a second.
-    Of more, the ends of long queues are read: then all but the number that each tenant has queued are estimates."""
+    """Reads every running job besides `waiting_rows`, so call it at most once a second."""
+    return QueueRows(waiting_rows(session), session.execute(RUNNING_FIGURES).all())
+
+
+def waiting_rows(session: Session) -> Sequence[Row[Any]]:
+    """Of all queued jobs, if these are at most MAX_READ. Of more, the ends of long queues are read: then all but the
+    number that each tenant has queued are estimates."""
     nums_queued = list(session.scalars(NUMS_QUEUED))
     if sum(nums_queued) <= MAX_READ:
-        waiting = session.execute(WAITING_GROUPS).all()
-    else:
-        waiting = session.execute(LONG_WAITING_GROUPS, {"num_ends": num_ends(nums_queued)}).all()
-    return QueueRows(waiting, session.execute(RUNNING_FIGURES).all())
+        return session.execute(WAITING_GROUPS).all()
+    return session.execute(LONG_WAITING_GROUPS, {"num_ends": num_ends(nums_queued)}).all()
 
 
 def num_ends(nums_queued: Sequence[int]) -> int:

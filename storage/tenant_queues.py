@@ -1,24 +1,18 @@
 """Whose jobs are queued and running for which model, over all tenants; for administrators."""
 
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from uuid import UUID
 
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from storage.job_statements import CLOCK
+from storage.job_queues import waiting_rows
+from storage.tables import Tenant
 
-TENANT_QUEUES = text(f"""
-SELECT q.*, t.name AS tenant FROM (
-    SELECT model, tenant_id, count(*) FILTER (WHERE status = 'queued')::int AS num_queued,
-        count(*) FILTER (WHERE status = 'in_progress')::int AS num_running,
-        coalesce(extract(epoch FROM {CLOCK} - min(created_at) FILTER (WHERE status = 'queued')), 0)::float8
-            AS oldest_queued_seconds
-    FROM jobs WHERE status IN ('queued', 'in_progress') GROUP BY model, tenant_id
-    ORDER BY num_queued DESC, num_running DESC, model, tenant_id LIMIT :limit
-) q JOIN tenants t ON t.id = q.tenant_id
-ORDER BY num_queued DESC, num_running DESC, model, tenant
-""")  # noqa: S608  (CLOCK is a constant)
+RUNNING = text("""
+SELECT model, tenant_id, count(*)::int AS num_jobs FROM jobs WHERE status = 'in_progress' GROUP BY model, tenant_id
+""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,5 +28,24 @@ class TenantQueueFigures:
 
 
 def tenant_queues(session: Session, *, limit: int) -> list[TenantQueueFigures]:
-    """The longest queues first. Reads every unfinished job, so call it at most every few seconds."""
-    return [TenantQueueFigures(**row._mapping) for row in session.execute(TENANT_QUEUES, {"limit": limit})]
+    """The longest queues first. Reads what `queue_rows` does, so call it at most every few seconds."""
+    num_queued, oldest_seconds = Counter[tuple[str, UUID]](), defaultdict[tuple[str, UUID], float](float)
+    for row in waiting_rows(session):
+        key = row.model, row.tenant_id
+        num_queued[key] += row.num_jobs
+        oldest_seconds[key] = max(oldest_seconds[key], row.oldest_seconds)
+    num_running = {(row.model, row.tenant_id): row.num_jobs for row in session.execute(RUNNING)}
+    keys = sorted(num_queued.keys() | num_running, key=lambda key: (-num_queued[key], -num_running.get(key, 0), key))
+    names = select(Tenant.id, Tenant.name).where(Tenant.id.in_({tenant_id for _, tenant_id in keys[:limit]}))
+    name_by_id = {row.id: row.name for row in session.execute(names)}
+    return [
+        TenantQueueFigures(
+            model=model,
+            tenant_id=tenant_id,
+            num_queued=num_queued[model, tenant_id],
+            num_running=num_running.get((model, tenant_id), 0),
+            oldest_queued_seconds=oldest_seconds[model, tenant_id],
+            tenant=name_by_id[tenant_id],
+        )
+        for model, tenant_id in keys[:limit]
+    ]
