@@ -42,8 +42,9 @@ ORDER BY l.tenant_id, l.key_id FOR NO KEY UPDATE OF l
 """)
 
 # A second statement, whose snapshot has what others committed while the first one waited for the lock. The jobs of a
-# whole tenant are counted in tenant_load; only for those of a key, and for their tokens, each is read: queued ones from
-# jobs_ready_idx, whose first column is the model, and running ones, of which there are few, by their index.
+# whole tenant are counted in tenant_load; only those of a key, and of a tenant for their tokens, are each read: queued
+# ones of a key from jobs_key_idx, of a tenant from jobs_ready_idx, whose first column is the model; and running ones,
+# of which there are few.
 COUNT = text(f"""
 WITH RECURSIVE models AS (
     (SELECT model FROM jobs WHERE status = 'queued' ORDER BY model LIMIT 1)
@@ -53,18 +54,21 @@ WITH RECURSIVE models AS (
 ),
 asked AS (SELECT * FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:key_ids AS text[])) AS a(tenant_id, key_id)),
 unfinished AS (
-    SELECT a.tenant_id, j.key_id, j.status, j.cost, NULL AS waited
-    FROM (SELECT DISTINCT tenant_id FROM asked) a CROSS JOIN models m
-    JOIN jobs j ON j.status = 'queued' AND j.model = m.model AND j.tenant_id = a.tenant_id
+    SELECT a.tenant_id, a.key_id, j.status, j.cost, NULL AS waited
+    FROM asked a JOIN jobs j ON j.status = 'queued' AND j.tenant_id = a.tenant_id AND j.key_id = a.key_id
     UNION ALL
-    SELECT j.tenant_id, j.key_id, j.status, j.cost, extract(epoch FROM j.started_at - j.created_at)
-    FROM jobs j WHERE j.status = 'in_progress' AND j.tenant_id IN (SELECT tenant_id FROM asked)
+    SELECT a.tenant_id, a.key_id, j.status, j.cost, NULL
+    FROM asked a CROSS JOIN models m
+    JOIN jobs j ON j.status = 'queued' AND j.model = m.model AND j.tenant_id = a.tenant_id WHERE a.key_id = ''
+    UNION ALL
+    SELECT a.tenant_id, a.key_id, j.status, j.cost, extract(epoch FROM j.started_at - j.created_at)
+    FROM asked a JOIN jobs j ON j.status = 'in_progress' AND j.tenant_id = a.tenant_id
+        AND (a.key_id = '' OR j.key_id = a.key_id)
 )
-SELECT a.tenant_id, a.key_id, count(*) FILTER (WHERE u.status = 'queued') AS num_queued, count(*) AS num_unfinished,
-    coalesce(sum(u.cost) FILTER (WHERE u.status = 'queued'), 0)::bigint AS queued_tokens,
-    avg(u.waited)::float8 AS waited_seconds
-FROM asked a JOIN unfinished u ON u.tenant_id = a.tenant_id AND (a.key_id = '' OR u.key_id = a.key_id)
-GROUP BY a.tenant_id, a.key_id
+SELECT tenant_id, key_id, count(*) FILTER (WHERE status = 'queued') AS num_queued, count(*) AS num_unfinished,
+    coalesce(sum(cost) FILTER (WHERE status = 'queued'), 0)::bigint AS queued_tokens,
+    avg(waited)::float8 AS waited_seconds
+FROM unfinished GROUP BY tenant_id, key_id
 UNION ALL
 SELECT l.tenant_id, '', l.num_queued, l.num_queued + l.num_running, 0, {WAITED_SECONDS}
 FROM tenant_load l WHERE l.tenant_id = ANY(CAST(:whole_tenant_ids AS uuid[]))

@@ -223,6 +223,12 @@ class Job(Row):
             "id",
             postgresql_where=text("status = 'queued' AND lane = 'standard' AND priority < -10 AND num_dispatches = 0"),
         ),
+        Index(  # what the limits of keys count
+            "jobs_key_idx",
+            "tenant_id",
+            "key_id",
+            postgresql_where=text("status = 'queued' AND key_id IS NOT NULL"),
+        ),
         Index(  # those of BEGUN, of which there are few; its own columns change with every flush of running jobs
             "jobs_begun_idx",
             "model",

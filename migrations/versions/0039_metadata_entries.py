@@ -1,4 +1,4 @@
-"""Lists of jobs by model and by metadata: an index, and a table of entries that triggers keep (ADR 69).
+"""Jobs by model, by key and by metadata: indexes, and a table of entries that triggers keep (ADR 69).
 
 Triggers, so that jobs of the last release's processes have their entries too. They come first and the entries of older
 jobs after them, in short transactions; what is done twice does no harm.
@@ -38,6 +38,11 @@ TRIGGERS = {
     "jobs_metadata_deleted": "DELETE ON jobs FOR EACH ROW WHEN (OLD.metadata::text <> '{}')",
 }
 
+INDEXES = {
+    "jobs_model_idx": "(tenant_id, model, id DESC)",
+    "jobs_key_idx": "(tenant_id, key_id) WHERE status = 'queued' AND key_id IS NOT NULL",
+}
+
 NUM_AT_ONCE = 10_000
 
 # The jobs are locked against being deleted, so that no entry outlives its job.
@@ -56,8 +61,9 @@ SELECT id FROM stored ORDER BY id DESC LIMIT 1
 
 def upgrade() -> None:
     with op.get_context().autocommit_block():
-        op.execute("DROP INDEX CONCURRENTLY IF EXISTS jobs_model_idx")  # of an attempt that was interrupted
-        op.execute("CREATE INDEX CONCURRENTLY jobs_model_idx ON jobs (tenant_id, model, id DESC)")
+        for name, columns in INDEXES.items():
+            op.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")  # of an attempt that was interrupted
+            op.execute(f"CREATE INDEX CONCURRENTLY {name} ON jobs {columns}")
         op.execute("""
             CREATE TABLE IF NOT EXISTS metadata_entries (
                 tenant_id uuid NOT NULL, entry uuid NOT NULL, job_id uuid NOT NULL,
@@ -86,4 +92,5 @@ def downgrade() -> None:
             op.execute(f"DROP TRIGGER IF EXISTS {name} ON jobs")
         op.execute("DROP FUNCTION IF EXISTS enter_metadata()")
         op.execute("DROP TABLE IF EXISTS metadata_entries")
-        op.execute("DROP INDEX CONCURRENTLY IF EXISTS jobs_model_idx")
+        for name in INDEXES:
+            op.execute(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")

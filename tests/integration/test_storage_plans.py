@@ -11,7 +11,7 @@ from sqlalchemy import TextClause, select, text, update
 from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus
-from storage import job_accept, job_ends, job_queries, job_queues, job_statements
+from storage import admission, job_accept, job_ends, job_queries, job_queues, job_statements
 from storage.tables import DEFAULT_TENANT_ID, Job, TenantLoad
 from tests.conftest import MakeJob, MakeTenant
 from tests.storage_samples import MODEL, chunk, new_job, result
@@ -87,6 +87,13 @@ def test_figures_of_a_long_queue_read_none_but_its_ends(session: Session, make_j
     make_copies(session, make_job(), 3000)
     session.execute(text("ANALYZE jobs"))
     assert _rows_touched(session, job_queues.LONG_WAITING_GROUPS, {"num_ends": 4}) < 100
+
+
+def test_the_limits_of_a_key_read_no_jobs_of_other_keys(session: Session, make_job: MakeJob) -> None:
+    make_copies(session, make_job(key_id="another"), 3000)
+    session.execute(text("ANALYZE jobs"))
+    columns = {"tenant_ids": [DEFAULT_TENANT_ID], "key_ids": ["limited"], "whole_tenant_ids": []}
+    assert _rows_touched(session, admission.COUNT, columns) < 50
 
 
 def test_the_lines_of_a_batch_are_found_by_their_index(session: Session, make_job: MakeJob) -> None:
