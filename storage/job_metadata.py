@@ -2,7 +2,7 @@
 
 A table, and no index of the metadata itself, since row-level security lets indexes serve only comparisons that cannot
 leak what they compare, as `=`; those of JSON and arrays are not among them (ADR 69). The rows are kept by triggers on
-`jobs` (migration 0039).
+`jobs` (migration 0041).
 """
 
 from collections.abc import Mapping

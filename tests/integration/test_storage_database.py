@@ -131,7 +131,7 @@ def test_jobs_of_the_last_release_are_found_by_their_metadata(
     session.commit()
     ids = [job.id for job in older]
     session.execute(text("TRUNCATE metadata_entries"))
-    session.execute(text("UPDATE alembic_version SET version_num = '0038'"))
+    session.execute(text("UPDATE alembic_version SET version_num = '0040'"))
     session.commit()
     migrate(database_url)
     found = job_queries.list_jobs(session, DEFAULT_TENANT_ID, metadata={"team": "red"})

@@ -6,8 +6,8 @@ jobs after them, in short transactions; what is done twice does no harm.
 
 from alembic import op
 
-revision = "0039"
-down_revision = "0038"
+revision = "0041"
+down_revision = "0040"
 
 TENANT = "current_setting('celeriac.tenant_id', true)"
 
