@@ -29,6 +29,7 @@ import httpx
 from bench.tenants import (
     MODEL,
     NUM_SLOTS,
+    STEP_SECONDS,
     UNSERVED_MODEL,
     TenantSystem,
     cancel_all,
@@ -265,14 +266,16 @@ async def shares(
     system: TenantSystem, lengths: Mapping[str, int], seconds: float, *, num_jobs: int = 400
 ) -> dict[str, int]:
     """The tokens that each receives within `seconds`, all with more waiting than they can get: jobs of these lengths by
-    tenant."""
+    tenant. Prints how many of all steps they used."""
     clients = [system.tenants[name].client() for name in lengths]
     try:
         await asyncio.gather(*map(submit_many, clients, repeat(num_jobs), lengths.values()))
         await asyncio.sleep(SETTLE_SECONDS)
-        before = system.tokens_by_tenant()
+        before, num_before = system.tokens_by_tenant(), system.num_output_tokens()
         await asyncio.sleep(seconds)
-        after = system.tokens_by_tenant()
+        after, num_after = system.tokens_by_tenant(), system.num_output_tokens()
+        ceiling = seconds * NUM_SLOTS / STEP_SECONDS
+        print(f"{num_after - num_before} output tokens, {(num_after - num_before) / ceiling:.0%} of the ceiling")
         for client in clients:
             await empty(system, client)
     finally:

@@ -82,6 +82,11 @@ class TenantSystem:
         received = "sum(num_prompt_tokens + num_committed_tokens) FILTER (WHERE first_token_at IS NOT NULL)"
         return dict(self.rows(f"SELECT tenant_id, coalesce({received}, 0)::int FROM jobs GROUP BY tenant_id"))
 
+    def num_output_tokens(self) -> int:
+        """That all have received so far."""
+        [(num_tokens,)] = self.rows("SELECT coalesce(sum(num_committed_tokens), 0)::int FROM jobs")
+        return int(num_tokens)
+
     def memory_mib(self) -> dict[str, float]:
         """Resident memory of each part with its children, and of Redis."""
         pids = {part.name: [part.pid] for part in self.plant.parts}
