@@ -136,6 +136,24 @@ def test_two_workers_exchange_no_more_than_the_share(rig: Rig, noisy: UUID, make
     assert (num_running(long_jobs), num_running(quiet)) == (2, 2), "and that is how it stays"
 
 
+def test_the_slot_between_two_shares_goes_round(rig: Rig, make_tenant: MakeTenant) -> None:
+    """Each is due one and a half of three slots. With whole ones, one would have twice as much as the other."""
+    rig.write_catalog(max_num_seqs=3)
+    worker = start(rig)
+    tenants = [make_tenant().id for _ in range(2)]
+    job_ids = [rig.add_job(max_tokens=LONG, tenant_id=tenant, cost=3 + LONG) for tenant in tenants for _ in range(3)]
+    worker.offer(job_ids)
+
+    def num_tokens() -> list[int]:
+        with rig.sessions() as session:
+            statement = select(Job.tenant_id, func.sum(Job.num_committed_tokens)).group_by(Job.tenant_id)
+            return [total for _, total in session.execute(statement)]
+
+    wait_until(lambda: sum(num_tokens()) > 2400, "800 tokens of each slot")
+    less, more = sorted(num_tokens())
+    assert more / less < 1.5, (less, more)
+
+
 def test_service_is_even_while_many_tenants_share_few_slots(rig: Rig, make_tenant: MakeTenant) -> None:
     rig.write_catalog(max_num_seqs=4)
     worker = start(rig)
