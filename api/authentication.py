@@ -177,6 +177,7 @@ class Authenticator:
                 except StorageUnavailable:
                     break  # try again in the next round
                 if found is None:
+                    del self._watched[credential]  # whoever comes after it is valid again is watched anew
                     watch.revoked.set()
 
     async def _look_up_again(self, key: str) -> Identity | None:

@@ -20,7 +20,7 @@ from text.models import ModelView
 
 MAX_BODIES = 256
 
-MAX_BYTES = 16_384  # of a body; so they take some ten megabytes at most
+MAX_BYTES = 4_096  # of a body, which takes up to 25 times that when it is read; so they take 25 megabytes at most
 
 Key = tuple[UUID, type[BaseModel], str | None, bytes]  # the tenant, the kind of body, the default model, the body
 

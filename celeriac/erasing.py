@@ -16,7 +16,7 @@ from storage.erasures import Erasure
 if TYPE_CHECKING:
     from settings import Settings
 
-LOOK_SECONDS = 0.1  # while another process takes a step
+LOOK_SECONDS = 0.1  # while another process takes a step, or is at the archive
 
 
 def person_of(metadata: str | None, key_id: str | None) -> Person:
@@ -44,6 +44,6 @@ def erase_person(settings: "Settings", tenant_name: str, person: Person) -> dict
                 erasure = session.get_one(Erasure, erasure_id)
                 if erasure.is_done or erasure.error or (step is not None and erasure.is_waiting):
                     return dict(erasure_view(erasure))
-            time.sleep(LOOK_SECONDS if step is None else 0)
+            time.sleep(LOOK_SECONDS if step is None or erasure.step == "archive" else 0)
     finally:
         database.dispose()

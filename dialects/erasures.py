@@ -25,7 +25,9 @@ class ErasureBody(AdminBody):
         max_length=1,
     )
     key_id: Name | None = Field(
-        default=None, description="The API key that the user's jobs and batches were sent with."
+        default=None,
+        description="The id of the API key that the user's jobs and batches were sent with. It may be deleted by now, "
+        "so it is not checked: the counts show whether it was the right one.",
     )
 
     @model_validator(mode="after")

@@ -28,6 +28,8 @@ LOOK_SECONDS = 1.0  # between two looks of a worker whose slots are full
 
 NUM_TURNS = 4  # that others have before a tenant gets one that has received more than they: on other models, perhaps
 
+TURN_PART = 1 / 16  # of the jobs that may leave: so many slots go round in one look, since each pause costs a prefill
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -74,6 +76,7 @@ class Choice:
         self._received = seen.received
         num_slots, total_weight = sum(seen.num_running.values()), math.fsum(seen.weights.values())
         self._shares = {tenant_id: num_slots * weight / total_weight for tenant_id, weight in seen.weights.items()}
+        self._num_turns = max(1, int(TURN_PART * sum(one.num_sequences for one in may_leave)))
         self._left: dict[UUID, list[Candidate]] = {}  # by tenant; the last one is the first to leave
         for candidate in sorted(may_leave, key=lambda one: (-one.priority, one.job_id)):
             self._left.setdefault(candidate.tenant_id, []).append(candidate)
@@ -89,6 +92,8 @@ class Choice:
             if not able:
                 break
             chosen = max(able, key=self._excess)
+            if not self._has_too_much(chosen, job):
+                self._num_turns -= 1
             self._left[chosen.tenant_id].pop()
             self._num_running[chosen.tenant_id] -= chosen.num_sequences
             num_given += chosen.num_sequences
@@ -99,13 +104,18 @@ class Choice:
 
     def _may_give(self, candidate: Candidate, job: NextJob, *, is_first: bool) -> bool:
         giver, taker = candidate.tenant_id, job.tenant_id
-        num_held, num_taken = self._num_running.get(giver, 0), self._num_running.get(taker, 0)
+        num_held = self._num_running.get(giver, 0)
         if giver == taker or num_held <= self._shares.get(giver, math.inf):  # inf: its jobs have just ended
             return False
-        is_left_its_share = num_held - candidate.num_sequences >= self._shares[giver]
-        if is_left_its_share and (num_taken == 0 or num_taken + job.num_sequences <= self._shares[taker]):
+        if self._has_too_much(candidate, job):
             return True
-        return is_first and self._is_turn_over(candidate, taker)
+        return is_first and self._num_turns > 0 and self._is_turn_over(candidate, taker)
+
+    def _has_too_much(self, candidate: Candidate, job: NextJob) -> bool:
+        """Whether the one is left its share without the slot, and the other gets no more than its own with it."""
+        giver, num_taken = candidate.tenant_id, self._num_running.get(job.tenant_id, 0)
+        is_left_its_share = self._num_running.get(giver, 0) - candidate.num_sequences >= self._shares[giver]
+        return is_left_its_share and (num_taken == 0 or num_taken + job.num_sequences <= self._shares[job.tenant_id])
 
     def _is_turn_over(self, candidate: Candidate, taker: UUID) -> bool:
         """Whether the slot between two whole numbers, which neither is due all the time, goes from one to the other."""
@@ -126,7 +136,8 @@ def choose(seen: Shares, may_leave: Sequence[Candidate]) -> list[tuple[NextJob, 
     theirs or nothing. Shares are no whole numbers: of four slots, weights of 1, 2 and 4 are due 0.57, 1.14 and 2.29. So
     a slot is left that tenants use in turns: whoever has more than its share by a part of a job gives it to one that
     has less and has received less per weight. In time, everybody receives by weight, however long jobs are. One that
-    runs nothing although it has received more gets a slot, too, but after NUM_TURNS of the other's.
+    runs nothing although it has received more gets a slot, too, but after NUM_TURNS of the other's. One look takes no
+    more than TURN_PART of the jobs for this, and at least one.
 
     The tenant with most per weight gives first, or else the one whose job has run longest. Of its jobs, the least
     urgent leaves first, then the newest, which is the last to come back.

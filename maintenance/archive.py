@@ -27,6 +27,8 @@ from storage.erasure import Person
 
 log = logging.getLogger(__name__)
 
+WAIT_SECONDS = 10  # of an erasure for the lock of the archive, which is given up after each turn
+
 LOOK_SECONDS = 10.0  # between two looks for jobs that are due, and after a failure
 TURN_SECONDS = 5.0  # for which one tick goes on
 
@@ -129,7 +131,7 @@ class Archiver:
     def _turn(self) -> bool:
         self._look_at = monotonic() + LOOK_SECONDS
         self._archive = self._archive or Archive(self._url)
-        with archive_lock(self._database, is_waiting=False) as is_taken:
+        with archive_lock(self._database) as is_taken:
             ends_at = monotonic() + TURN_SECONDS
             while is_taken and monotonic() < ends_at:
                 if not self._move(self._archive):
@@ -152,7 +154,8 @@ class Archiver:
         return len(due)
 
 
-def erase_archived(database: Engine, url: str, tenant_id: UUID, person: Person) -> int:
-    """Erase a person's jobs from the archive. Returns how many there were. Raises ArchiveUnavailable."""
-    with archive_lock(database, is_waiting=True):
-        return Archive(url).erase(tenant_id, person)
+def erase_archived(database: Engine, url: str, tenant_id: UUID, person: Person) -> int | None:
+    """Erase a person's jobs from the archive. Returns how many there were; None if another process is at the archive.
+    Raises ArchiveUnavailable."""
+    with archive_lock(database, wait_seconds=WAIT_SECONDS) as is_taken:
+        return Archive(url).erase(tenant_id, person) if is_taken else None

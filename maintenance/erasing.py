@@ -5,16 +5,19 @@ from time import monotonic
 from uuid import UUID
 
 from sqlalchemy import Engine
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from maintenance.archive import ArchiveUnavailable, erase_archived
 from storage import erasures
+from storage.database import OUTAGES
 from storage.erasure import Person
 from storage.erasures import Erasure
 
 log = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0  # between two looks while there is nothing to do
+
+SEE_LOG = "its last step failed with {exc.__class__.__name__}, and is tried again; maintenance's log says more"
 
 NO_ARCHIVE = "the archive has jobs of this user; set CELERIAC_ARCHIVE_URL where maintenance runs"
 
@@ -38,23 +41,42 @@ class Eraser:
         return True
 
     def take_step(self, erasure_id: UUID | None = None) -> Erasure | None:
-        """One step of this erasure, or of any that is due. None if there is none, or another process is at it."""
-        with self._sessions.begin() as session:
-            found = erasures.take_step(session, has_archive=self._archive_url is not None, erasure_id=erasure_id)
-        if found is not None and found.step == "archive":
-            self._erase_archived(found.id, found.tenant_id, found.person)
-        if found is not None and found.is_done:
+        """One step of this erasure, or of any that is due. None if there is none, or another process is at it or at the
+        archive. One that fails is put off, so that it doesn't hold up the others."""
+        with self._sessions() as session:
+            found = erasures.take_due(session, erasure_id)
+            if found is None:
+                return None
+            erasure_id = found.id
+            try:
+                self._step(session, found)
+            except OUTAGES:
+                raise
+            except Exception as exc:
+                session.rollback()
+                is_explained = isinstance(exc, ArchiveUnavailable)
+                log.warning("an erasure is put off", exc_info=not is_explained, extra={"erasure": str(erasure_id)})
+                erasures.put_off(session, erasure_id, error=str(exc) if is_explained else SEE_LOG.format(exc=exc))
+                session.commit()
+        if found.is_done:
             log.info("a user is erased", extra={"num_jobs": found.num_jobs, "num_batches": found.num_batches})
         return found
 
-    def _erase_archived(self, erasure_id: UUID, tenant_id: UUID, person: Person) -> None:
+    def _step(self, session: Session, found: Erasure) -> None:
+        if found.step != "archive":
+            erasures.take_step(session, found, has_archive=self._archive_url is not None)
+        session.commit()
+        if found.step == "archive":
+            num_erased = self._erase_archived(found.tenant_id, found.person)
+            if num_erased is None:
+                erasures.put_off(session, found.id, error=None)
+            else:
+                erasures.end_archive(session, found.id, num_erased)
+            session.commit()
+
+    def _erase_archived(self, tenant_id: UUID, person: Person) -> int | None:
         """After the jobs in the database, of which none can be archived any more then. What is done twice does no
         harm."""
-        num_erased, error = 0, None if self._archive_url else NO_ARCHIVE
-        try:
-            if self._archive_url:
-                num_erased = erase_archived(self._database, self._archive_url, tenant_id, person)
-        except ArchiveUnavailable as exc:
-            error = str(exc)
-        with self._sessions.begin() as session:
-            erasures.end_archive(session, erasure_id, num_erased, error=error)
+        if self._archive_url is None:
+            raise ArchiveUnavailable(NO_ARCHIVE)
+        return erase_archived(self._database, self._archive_url, tenant_id, person)

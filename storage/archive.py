@@ -8,7 +8,9 @@ from typing import Any
 from uuid import UUID
 
 import orjson
-from sqlalchemy import Engine, Text, cast, select, text
+from psycopg.errors import LockNotAvailable
+from sqlalchemy import Connection, Engine, Text, cast, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from domain.jobs import external_id
@@ -95,15 +97,25 @@ def delete_archived(session: Session, job_ids: Sequence[UUID]) -> int:
     return int(deleted.rowcount)
 
 
+def _take_lock(connection: Connection, wait_seconds: int) -> bool:
+    if not wait_seconds:
+        return bool(connection.scalar(TAKE_LOCK, {"key": ARCHIVE_LOCK}))
+    connection.execute(text(f"SET lock_timeout = '{wait_seconds}s'"))
+    try:
+        connection.execute(WAIT_FOR_LOCK, {"key": ARCHIVE_LOCK})
+    except OperationalError as exc:
+        if isinstance(exc.orig, LockNotAvailable):
+            return False
+        raise
+    return True
+
+
 @contextmanager
-def archive_lock(database: Engine, *, is_waiting: bool) -> Iterator[bool]:
-    """Holds the lock of the archive, without an open transaction, which the server would end; whether it was free. Only
+def archive_lock(database: Engine, *, wait_seconds: int = 0) -> Iterator[bool]:
+    """Holds the lock of the archive, without an open transaction, which the server would end; whether it was got. Only
     one process at a time writes to the archive or erases from it."""
     with database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        if is_waiting:
-            connection.execute(text("SET lock_timeout = 0"))
-            connection.execute(WAIT_FOR_LOCK, {"key": ARCHIVE_LOCK})
-        is_taken = is_waiting or bool(connection.scalar(TAKE_LOCK, {"key": ARCHIVE_LOCK}))
+        is_taken = _take_lock(connection, wait_seconds)
         try:
             yield is_taken
         finally:

@@ -61,9 +61,17 @@ def erase_jobs(session: Session, tenant_id: UUID, person: Person, *, after: UUID
     ids = [row.id for row in found]
     session.execute(delete(WebhookDelivery).where(WebhookDelivery.event_id.in_(ids)))
     num_erased = sum(jobs.delete(session, job_id, tenant_id) for job_id in ids)
-    # The key of a line is the name of its batch, a space, which is in no client's key, and its number.
-    names = [row.idempotency_key.split(" ")[0] for row in found if " " in (row.idempotency_key or "")]
-    return Step(num_erased, last, batch_ids=frozenset(parse_id_of_other(name, "batch") for name in names))
+    batch_ids = (_batch_of(row.idempotency_key) for row in found)
+    return Step(num_erased, last, batch_ids=frozenset(batch_id for batch_id in batch_ids if batch_id is not None))
+
+
+def _batch_of(idempotency_key: str | None) -> UUID | None:
+    """The batch whose line has this key: the name of the batch, a space and a number. The keys of retries and of calls
+    with several prompts have spaces, too."""
+    try:
+        return parse_id_of_other((idempotency_key or "").partition(" ")[0], "batch")
+    except ValueError:
+        return None
 
 
 def erase_batches(session: Session, tenant_id: UUID, person: Person, *, after: UUID) -> Step:
@@ -92,9 +100,10 @@ def erase_conversations(session: Session, tenant_id: UUID, person: Person, *, af
     return Step(num_erased, rows[-1].id if len(rows) == MAX_READ else None)
 
 
-def files_of_others(session: Session, batch_ids: frozenset[UUID], person: Person) -> list[UUID]:
-    """The files of those of the batches that are not the user's."""
-    found = session.scalars(select(Batch).where(Batch.id.in_(batch_ids)).order_by(Batch.id)).all()
+def files_of_others(session: Session, tenant_id: UUID, person: Person, batch_ids: frozenset[UUID]) -> list[UUID]:
+    """The files of those of the tenant's batches that are not the user's."""
+    named = select(Batch).where(Batch.tenant_id == tenant_id, Batch.id.in_(batch_ids))
+    found = session.scalars(named.order_by(Batch.id)).all()
     others = [batch for batch in found if not person.has(batch.key_id, batch.batch_metadata)]
     ids = [id_ for batch in others for id_ in (batch.input_file_id, batch.output_file_id, batch.error_file_id)]
     return [id_ for id_ in ids if id_ is not None]

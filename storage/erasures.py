@@ -22,6 +22,8 @@ from storage.tables import Row, Tenant
 
 STOPPING_SECONDS = 5.0  # until batches that were asked to stop are looked at again
 
+ARCHIVE_SECONDS = 300.0  # after which a process that has begun with the archive counts as dead
+
 ZERO = text("0")
 
 
@@ -110,17 +112,24 @@ def list_of(session: Session, tenant: Tenant, *, after: UUID | None, limit: int)
     return session.scalars(own if after is None else own.where(Erasure.id < after)).all()
 
 
-def take_step(session: Session, *, has_archive: bool, erasure_id: UUID | None = None) -> Erasure | None:
-    """Do one step of this erasure, or of any that is due. None: nothing is to be done here. One whose step is `archive`
-    is returned as it is: do that outside of this transaction, and call `end_archive`."""
+def take_due(session: Session, erasure_id: UUID | None = None) -> Erasure | None:
+    """Lock this erasure, or the one that has been due for longest. None: nothing is to be done here. At the archive it
+    is nobody else's for a while."""
     rows = select(Erasure).where(Erasure.step != "done").with_for_update(skip_locked=True)
     if erasure_id is None:
         rows = rows.where(Erasure.due_at <= text(CLOCK)).order_by(Erasure.due_at).limit(1)
     else:
         rows = rows.where(Erasure.id == erasure_id)
     found = session.scalar(rows)
-    if found is None or found.step == "archive":
-        return found
+    if found is not None and found.step == "archive":
+        _put_off(found, ARCHIVE_SECONDS)
+    return found
+
+
+def take_step(session: Session, found: Erasure, *, has_archive: bool) -> None:
+    """Do one step of an erasure that was locked, whose turn comes again after those that are due. Its step must not be
+    `archive`, which is done outside of transactions: see `end_archive`."""
+    found.due_at, found.error = func.now(), None
     done = _STEPS[found.step](session, found.tenant_id, found.person, after=found.after)
     if found.step == "batches":
         if found.after == FIRST:
@@ -129,26 +138,28 @@ def take_step(session: Session, *, has_archive: bool, erasure_id: UUID | None = 
         found.num_unfinished_batches += done.num_unfinished
     elif found.step == "jobs":
         found.num_jobs += done.num_erased
-        others = erasure.files_of_others(session, done.batch_ids, found.person)
+        others = erasure.files_of_others(session, found.tenant_id, found.person, done.batch_ids)
         found.file_ids = [*found.file_ids, *(id_ for id_ in others if id_ not in found.file_ids)]
     else:
         found.num_conversations += done.num_erased
     found.after = done.after or FIRST
     if done.after is None:
         _begin_next(session, found, has_archive=has_archive)
-    return found
 
 
-def end_archive(session: Session, erasure_id: UUID, num_erased: int, *, error: str | None = None) -> None:
-    """The archive's part is done, or has failed with this error and is tried again later."""
+def put_off(session: Session, erasure_id: UUID, *, error: str | None) -> None:
+    """Its step has failed, or cannot be taken now, and is tried again when others have had their turns."""
     found = session.get_one(Erasure, erasure_id, with_for_update=True)
-    if found.step != "archive":
-        return  # another process has done it
-    found.num_archived_jobs += num_erased
-    found.error = error
-    if error is not None:
-        _put_off(found)
-    else:
+    if not found.is_done:
+        found.error = error
+        _put_off(found, STOPPING_SECONDS)
+
+
+def end_archive(session: Session, erasure_id: UUID, num_erased: int) -> None:
+    found = session.get_one(Erasure, erasure_id, with_for_update=True)
+    if found.step == "archive":  # otherwise another process has done it
+        found.num_archived_jobs += num_erased
+        found.error = None
         _end(session, found)
 
 
@@ -166,15 +177,16 @@ def _begin_next(session: Session, found: Erasure, *, has_archive: bool) -> None:
         found.step = _NEXT[found.step]
     elif found.num_unfinished_batches:  # whose lines have become more jobs
         found.step = "batches"
-        _put_off(found)
+        _put_off(found, STOPPING_SECONDS)
     elif has_archive:
         found.step = "archive"
+        _put_off(found, ARCHIVE_SECONDS)
     else:
         _end(session, found)
 
 
-def _put_off(found: Erasure) -> None:
-    found.due_at = func.now() + text(f"interval '{STOPPING_SECONDS} seconds'")
+def _put_off(found: Erasure, seconds: float) -> None:
+    found.due_at = func.now() + text(f"interval '{seconds} seconds'")
 
 
 def _end(session: Session, found: Erasure) -> None:

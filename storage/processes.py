@@ -57,7 +57,8 @@ def beat(session: Session, report: ProcessReport, troubles: Mapping[str, str]) -
         )
     )
     long_ago = text(f"seen_at < {CLOCK} - make_interval(secs => {FORGET_SECONDS})")
-    session.execute(delete(RunningProcess).where(long_ago))
+    silent = select(RunningProcess.id).where(long_ago).with_for_update(skip_locked=True)  # or two wait for each other
+    session.execute(delete(RunningProcess).where(RunningProcess.id.in_(silent)))
 
 
 def list_live(session: Session) -> Sequence[RunningProcess]:

@@ -117,14 +117,24 @@ def heartbeat(session: Session, report: WorkerReport) -> Orders:
         index_elements=[Worker.id], set_={**changed, "seen_at": func.statement_timestamp()}
     )
     clock = session.execute(upsert.returning(func.extract("epoch", func.clock_timestamp()))).scalar_one()
-    session.execute(delete(Worker).where(Worker.seen_at < _seconds_ago(FORGET_SECONDS)))
+    _forget_silent(session)
     order = find_drain(session, report.hostname)
     release_after_seconds = order.release_after_seconds if order else None
     return Orders(is_model_loaded(session, report.model), float(clock), release_after_seconds)
 
 
+def _forget_silent(session: Session) -> None:
+    """Rows that another process is deleting are left to it, or two could wait for each other."""
+    silent = select(Worker.id).where(Worker.seen_at < _seconds_ago(FORGET_SECONDS)).with_for_update(skip_locked=True)
+    session.execute(delete(Worker).where(Worker.id.in_(silent)))
+
+
 def fail(session: Session, report: WorkerReport) -> None:
-    """Leave the reason why it cannot serve its model, where it is found after its end. It does not count as live."""
+    """Leave the reason why it cannot serve its model, where it is found after its end. It does not count as live, and
+    replaces what was left on its machine before."""
+    _forget_silent(session)
+    left_before = delete(Worker).where(Worker.hostname == report.hostname, Worker.model == report.model)
+    session.execute(left_before.where(Worker.seen_at <= _seconds_ago(LIVE_SECONDS), Worker.troubles != {}))
     seen_at = _seconds_ago(LIVE_SECONDS)
     statement = insert(Worker).values(**asdict(report), seen_at=seen_at)
     session.execute(

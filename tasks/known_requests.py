@@ -20,7 +20,9 @@ KEEP_SECONDS = 600.0  # then all are forgotten, since what a user has asked may 
 
 MAX_REQUESTS = 256  # of a model
 
-MAX_TOKENS = 2_048  # of a prompt; so a model takes some twenty megabytes at most
+MAX_TOKENS = 2_048  # of a prompt
+
+MAX_BYTES = 16_384  # of a request as JSON; so a model takes some thirty megabytes at most
 
 
 class ReadyRequest(NamedTuple):
@@ -54,13 +56,13 @@ class KnownRequests:
         return found
 
     def note(self, view: ModelView, asked: Asked, job: NewJob) -> None:
-        """Not if the prompt is long, or if the model's chat template may write the date into it."""
+        """Not if the request is long, or if the model's chat template may write the date into its prompt."""
         if len(job.prompt_token_ids) > MAX_TOKENS or not view.template_ignores("strftime_now"):
             return
         known = self._by_view.setdefault(view, OrderedDict())
         if not known:
             asyncio.get_running_loop().call_later(KEEP_SECONDS, known.clear)
-        if asked not in known:
+        if asked not in known and len(job.request.model_dump_json()) <= MAX_BYTES:
             prepared = PreparedRequest(job.request, list(job.prompt_token_ids), None, job.max_tokens, job.seed)
             known[asked] = ReadyRequest(prepared, job.fingerprint, job.answer_key)
         if len(known) > MAX_REQUESTS:

@@ -131,9 +131,9 @@ def test_where_there_is_an_archive_the_janitor_deletes_no_jobs(
 
 def test_only_one_process_at_a_time_writes_to_the_archive(database: Engine) -> None:
     with (
-        archive.archive_lock(database, is_waiting=False) as first,
-        archive.archive_lock(database, is_waiting=False) as second,
+        archive.archive_lock(database) as first,
+        archive.archive_lock(database) as second,
     ):
         assert (first, second) == (True, False)
-    with archive.archive_lock(database, is_waiting=True) as third:
+    with archive.archive_lock(database, wait_seconds=1) as third:
         assert third

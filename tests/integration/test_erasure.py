@@ -163,6 +163,46 @@ def test_a_large_erasure_takes_many_short_steps(
         assert {row.job_metadata["user"] for row in session.scalars(select(Job))} == {"bob"}
 
 
+def test_jobs_whose_keys_look_like_those_of_lines_are_erased(
+    erase: Erase, make_job: MakeJob, session_factory: sessionmaker[Session]
+) -> None:
+    for key in ("retry of job_01M8HZ3J0N2TE5F90PYR57PYHP", "mykey 1", "batch_nope 2", "plain", " "):
+        make_job(job_metadata={"user": "alice"}, idempotency_key=key)
+    assert erase("--metadata", "user=alice")["jobs"] == 5
+
+
+def test_erasures_take_turns_and_one_that_fails_holds_up_no_other(
+    make_job: MakeJob, session_factory: sessionmaker[Session], database: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure, "MAX_READ", 1)
+    with session_factory.begin() as session:
+        tenant = administration.find_tenant(session, "default")
+        ids = [erasures.ask(session, tenant, Person(key_id=key), actor="me").id for key in ("a", "b", "c")]
+    with session_factory.begin() as session:
+        session.get_one(Erasure, ids[0]).key_id = None  # of nobody: its steps fail
+        session.get_one(Erasure, ids[0]).metadata_name = "user"
+    make_job(key_id="b")
+    make_job(key_id="c")
+
+    def fail(session: Session, tenant_id: UUID, person: Person, *, after: UUID) -> erasure.Step:
+        if person.metadata is not None:
+            raise ValueError("not to be told")
+        return erasure.erase_batches(session, tenant_id, person, after=after)
+
+    monkeypatch.setitem(erasures._STEPS, "batches", fail)
+    taken = []
+    eraser = Eraser(database, None)
+    while (found := eraser.take_step()) is not None:
+        taken.append(found.id)
+    assert set(taken[:3]) == set(ids)
+    assert set(taken[3:5]) == set(ids[1:])
+    with session_factory() as session:
+        first, *others = (session.get_one(Erasure, id_) for id_ in ids)
+        assert "ValueError" in (first.error or "")
+        assert "told" not in (first.error or "")
+        assert [(other.is_done, other.num_jobs) for other in others] == [(True, 1), (True, 1)]
+
+
 ERASURES = "/v1/admin/tenants/default/erasures"
 
 

@@ -1,6 +1,7 @@
 """Requests whose answers are known: each tenant finds its own, and a model keeps a bounded number of them."""
 
 import asyncio
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
@@ -10,7 +11,7 @@ from domain.jobs import new_id
 from domain.requests import GenerationRequest, SamplingParams
 from storage.job_accept import NewJob
 from tasks import known_requests
-from tasks.known_requests import MAX_REQUESTS, MAX_TOKENS, Asked, KnownRequests
+from tasks.known_requests import MAX_BYTES, MAX_REQUESTS, MAX_TOKENS, Asked, KnownRequests
 from text.models import ModelView, load_model_view
 from text.templates import ChatTemplate, TemplateChoice
 
@@ -26,11 +27,11 @@ def asked(name: bytes = b"asked", tenant_id: UUID = ONE, *, use_cache: bool | No
     return tenant_id, name, use_cache
 
 
-def answered(*token_ids: int, temperature: float = 0.0) -> NewJob:
+def answered(*token_ids: int, temperature: float = 0.0, **params: Any) -> NewJob:
     return NewJob(
         id=new_id(),
         tenant_id=ONE,
-        request=GenerationRequest(model="fake", prompt="a", params=SamplingParams(temperature=temperature)),
+        request=GenerationRequest(model="fake", prompt="a", params=SamplingParams(temperature=temperature, **params)),
         prompt_token_ids=token_ids,
         model_revision="1",
         max_tokens=8,
@@ -75,6 +76,12 @@ async def test_the_requests_that_were_sent_last_are_kept(view: ModelView) -> Non
     known.note(view, asked(b"one more"), answered(2))
     assert ids_of(known, view, asked(names[0])) == [1]
     assert known.find(view, asked(names[1])) is None
+
+
+async def test_a_long_request_is_not_kept(view: ModelView) -> None:
+    known = KnownRequests()
+    known.note(view, asked(), answered(1, allowed_token_ids=list(range(10_000, 10_000 + MAX_BYTES // 6))))
+    assert known.find(view, asked()) is None
 
 
 async def test_a_long_prompt_is_not_kept(view: ModelView) -> None:

@@ -66,6 +66,15 @@ def test_shares_are_by_weight() -> None:
     assert exchanges({A: 6}, [B] * 6, weights={A: 2, B: 1}) == [(B, A)] * 2
 
 
+def test_of_many_slots_only_some_go_round_at_once() -> None:
+    tenants = [uuid4() for _ in range(60)]
+    running, waiting = dict.fromkeys(tenants[:40], 1), tenants[40:]
+    ahead: dict[UUID, float] = dict.fromkeys(running, 100)
+    assert len(exchanges(running, waiting, received=ahead)) == 2
+    assert len(exchanges(running, waiting, received=ahead, num_quanta=9.0)) == 2
+    assert len(exchanges({tenants[0]: 40}, waiting, received=ahead)) == 20, "what is more than a share is given at once"
+
+
 def test_a_slot_that_neither_is_due_all_the_time_goes_to_who_has_received_less() -> None:
     ahead: dict[UUID, float] = {A: 100, B: 50}
     assert exchanges({A: 2, B: 1}, [B, B], received=ahead) == [(B, A)], "and only one: then A has less than its share"
