@@ -6,7 +6,8 @@ follows: it is put off, and ends with the leader. If the leader ends in any othe
 by themselves, in the place that they had in the queue. A job is only ever ended while it waits and has never been
 claimed, so whatever happens between these statements, it runs.
 
-`answer` is part of the transaction that accepts the jobs. So what follows another request of its tenant sees it: the
+`answer` is part of the transaction that accepts the jobs, after `storage/answered_jobs.py`, which has inserted most of
+those whose answers are known as completed. So what follows another request of its tenant sees it: the
 accept holds a lock on the tenant's load until the commit. Nobody but the accept takes locks in `answers` after that.
 
 All functions are synchronous on a `Session` and do not commit. docs/adr/0057 says why this is not in Redis.

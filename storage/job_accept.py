@@ -4,7 +4,7 @@ As in `storage/jobs.py`, all functions are synchronous on a `Session` and do not
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
@@ -28,6 +28,11 @@ from storage.job_queries import JobRecord
 from storage.job_statements import Packed
 
 MAX_POISON_JOBS_PER_HOUR = 3
+
+
+def nobody(session: Session, new_jobs: Sequence["NewJob"]) -> dict[UUID, "Accepted"]:
+    """Of none of them is the answer known."""
+    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +113,27 @@ class Accepted:
     num_queued: int | None = None  # if ACCEPTED: jobs of its tenant that wait, this one included
 
 
+AcceptAnswered = Callable[[Session, Sequence[NewJob]], dict[UUID, Accepted]]
+
+
 def accept(
     session: Session,
     new_jobs: Sequence[NewJob],
     *,
     max_queued_jobs: int,
     max_poison_jobs_per_hour: int = MAX_POISON_JOBS_PER_HOUR,
+    answer: AcceptAnswered = nobody,
 ) -> list[Accepted]:
-    """Insert a group of jobs as `queued` in one statement. Returns one outcome per job, in order.
+    """Insert a group of jobs as `queued` in one statement, after `answer` has inserted those whose answers are known.
+    Returns one outcome per job, in order.
 
     Safe to repeat after an ambiguous commit: jobs with the same id or idempotency key then get DUPLICATE.
     `max_queued_jobs` applies to tenants without a limit of their own. If a tenant has had more than
     `max_poison_jobs_per_hour`, all its new jobs run isolated. If any of the jobs is limited, the session must have a
     transaction, so that the limits stay locked until the commit.
     """
-    outcomes = _admit(session, new_jobs, max_queued_jobs, max_poison_jobs_per_hour)
+    terms = _Terms(max_queued_jobs, max_poison_jobs_per_hour, answer)
+    outcomes = _admit(session, new_jobs, terms)
     full = [place for place, one in enumerate(outcomes) if one.outcome is AcceptOutcome.TOO_MANY_QUEUED]
     calls = [(new_jobs[place].tenant_id, new_jobs[place].call) for place in full]
     refusals = full_queues.refusals(session, calls, max_queued_jobs=max_queued_jobs)
@@ -131,20 +142,25 @@ def accept(
     return outcomes
 
 
-def _admit(
-    session: Session, new_jobs: Sequence[NewJob], max_queued_jobs: int, max_poison_jobs_per_hour: int
-) -> list[Accepted]:
+@dataclass(frozen=True, slots=True)
+class _Terms:
+    max_queued_jobs: int
+    max_poison_jobs_per_hour: int
+    answer: AcceptAnswered
+
+
+def _admit(session: Session, new_jobs: Sequence[NewJob], terms: _Terms) -> list[Accepted]:
     """Accept those for which limits and queues have room."""
     if not new_jobs:
         return []
     firsts = [place for place in first_of_each(new_jobs) if new_jobs[place].hopeless_seconds is None]
     if not any(job.is_limited for job in new_jobs):
-        return _accept(session, new_jobs, firsts, max_queued_jobs, max_poison_jobs_per_hour)
+        return _accept(session, new_jobs, firsts, terms)
     asking = {place: _asking(new_jobs[place]) for place in firsts if new_jobs[place].is_limited}
     admission = Admission.begin(session, list(asking.values()))
     refusals = {place: refusal for place, one in asking.items() if (refusal := admission.refusal_of(one)) is not None}
     admitted = [place for place in firsts if place not in refusals]
-    outcomes = _accept(session, new_jobs, admitted, max_queued_jobs, max_poison_jobs_per_hour)
+    outcomes = _accept(session, new_jobs, admitted, terms)
     if _give_back(admission, asking, outcomes, admitted) and refusals:
         # Ask once more: what jobs that exist already seemed to take is left for new ones.
         rest = [place for place, one in enumerate(outcomes) if one.outcome is AcceptOutcome.TOO_MANY_QUEUED]
@@ -152,7 +168,7 @@ def _admit(
         admitted = [place for place in asked_again if admission.refusal_of(asking[place]) is None]
         numbers = [number for number, place in enumerate(rest) if place in admitted]
         rest_jobs = [new_jobs[place] for place in rest]
-        found = _accept(session, rest_jobs, numbers, max_queued_jobs, max_poison_jobs_per_hour)
+        found = _accept(session, rest_jobs, numbers, terms)
         for place, outcome in zip(rest, found, strict=True):
             outcomes[place] = outcome
         _give_back(admission, asking, outcomes, admitted)
@@ -185,25 +201,20 @@ def _of_limits(outcome: Accepted, refusal: CeleriacError | None, standing: Limit
     return outcome if standing is None else replace(outcome, standing=standing)
 
 
-def _accept(
-    session: Session,
-    new_jobs: Sequence[NewJob],
-    admitted: Sequence[int],
-    max_queued_jobs: int,
-    max_poison_jobs_per_hour: int,
-) -> list[Accepted]:
+def _accept(session: Session, new_jobs: Sequence[NewJob], admitted: Sequence[int], terms: _Terms) -> list[Accepted]:
     """Insert the jobs at the places `admitted`. The outcome of each job; of those that there is no reason to refuse,
     TOO_MANY_QUEUED."""
-    parameters = of_new_jobs([new_jobs[place] for place in admitted]) | {
-        "max_queued_jobs": max_queued_jobs,
-        "max_poison_jobs_per_hour": max_poison_jobs_per_hour,
+    accepted = terms.answer(session, [new_jobs[place] for place in admitted])
+    rest = [job for place in admitted if (job := new_jobs[place]).id not in accepted]
+    parameters = of_new_jobs(rest) | {
+        "max_queued_jobs": terms.max_queued_jobs,
+        "max_poison_jobs_per_hour": terms.max_poison_jobs_per_hour,
     }
-    row_by_id = {row.id: row for row in session.execute(sql.ACCEPT, parameters)} if admitted else {}
-    accepted = {place for place in admitted if new_jobs[place].id in row_by_id}
-    outcomes = _outcomes_of_others(session, {p: job for p, job in enumerate(new_jobs) if p not in accepted})
-    return [
-        _accepted(row_by_id[job.id]) if place in accepted else outcomes[place] for place, job in enumerate(new_jobs)
-    ]
+    accepted |= {row.id: _accepted(row) for row in session.execute(sql.ACCEPT, parameters)} if rest else {}
+    first_place = {new_jobs[place].id: place for place in admitted}
+    others = {p: job for p, job in enumerate(new_jobs) if job.id not in accepted or first_place.get(job.id) != p}
+    outcomes = _outcomes_of_others(session, others)
+    return [outcomes.get(place) or accepted[job.id] for place, job in enumerate(new_jobs)]
 
 
 def _accepted(row: Row[Any]) -> Accepted:
@@ -236,10 +247,11 @@ def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> di
 def of_new_jobs(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
     """All of them as one JSON document: psycopg would look at each item of thirty arrays several times. What is JSON
     itself is a string in it, since PostgreSQL refuses a U+0000 that it meets while it takes the document apart."""
-    return {"jobs": orjson.dumps([_column_values(place, job) for place, job in enumerate(new_jobs)]).decode()}
+    return {"jobs": orjson.dumps([column_values(place, job) for place, job in enumerate(new_jobs)]).decode()}
 
 
-def _column_values(place: int, job: NewJob) -> dict[str, Any]:
+def column_values(place: int, job: NewJob) -> dict[str, Any]:
+    """Its part of that document."""
     request = job.request
     return {
         "place": place,

@@ -113,55 +113,75 @@ excess AS MATERIALIZED (  -- what running jobs were charged beyond that
 # Where a tenant stands in the order of claims.
 FAIR_TIME = "(l.virtual_time - coalesce(e.num_tokens, 0) / t.weight)"
 
-ACCEPT = text(f"""
-WITH new AS MATERIALIZED (
+NEW = """
+new AS MATERIALIZED (
     SELECT * FROM json_to_recordset(CAST(:jobs AS json)) AS n(place int, id uuid, tenant_id uuid, model text,
         adapter text, model_revision text, priority smallint, idempotency_key text, request_hash bytea,
         max_failures int, start_timeout float8, deadline_at timestamptz, run_timeout_seconds float8,
         num_prompt_tokens int, max_tokens int, seed bigint, cost int, metadata text, result_ttl_seconds int,
         request text, prompt_token_ids text, webhook_url text, webhook_statuses text, endpoint text, is_stored boolean,
         fingerprint bytea, lane text, retry_of uuid, endpoint_body text, kind text, input_lengths text, request_id text,
-        callback text, key_id text, eta text, traceparent text, call_size int)
-),
+        callback text, key_id text, eta text, traceparent text, call_size int, leader_id uuid)
+)"""
+
+
+def room(locking: str) -> str:
+    """The CTE `load`: how many more jobs of each tenant in `new` may wait, and which tenants' jobs run isolated."""
+    return f"""
 load AS MATERIALIZED (
     SELECT l.tenant_id, bound, bound - l.num_queued AS room,
         (SELECT count(*) FROM poison_requests p WHERE p.tenant_id = l.tenant_id
             AND p.created_at > {CLOCK} - interval '1 hour') > :max_poison_jobs_per_hour AS is_quarantined
     FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS bound
-    WHERE l.tenant_id IN (SELECT tenant_id FROM new) ORDER BY l.tenant_id FOR NO KEY UPDATE OF l
-),
+    WHERE l.tenant_id IN (SELECT tenant_id FROM new) ORDER BY l.tenant_id {locking}
+)"""
+
+
+FRESH = f"""
 fresh AS (
     SELECT new.*, row_number() OVER (PARTITION BY tenant_id ORDER BY place) AS place_in_tenant FROM new
     WHERE NOT EXISTS (SELECT FROM jobs j WHERE j.id = new.id)
       AND NOT EXISTS (SELECT FROM jobs j WHERE j.tenant_id = new.tenant_id AND j.idempotency_key = new.idempotency_key)
       AND (new.lane = 'isolated' OR NOT EXISTS (SELECT FROM poison_requests p WHERE p.tenant_id = new.tenant_id
           AND p.fingerprint = new.fingerprint AND p.created_at > {CLOCK} - interval '1 day'))
-),
-inserted AS (
-    INSERT INTO jobs (id, tenant_id, model, adapter, model_revision, lane, retry_of, priority, idempotency_key,
+)"""
+
+HAS_ROOM = "place_in_tenant <= room AND call_size <= bound"  # of a call that can never fit, no part is accepted
+
+NEW_COLUMNS = """id, tenant_id, model, adapter, lane, retry_of, priority, idempotency_key,
         request_hash, max_failures, start_deadline_at, deadline_at, asked_deadline_at, run_timeout_seconds,
         num_prompt_tokens, max_tokens, seed, cost, metadata, result_ttl_seconds,
         webhook_url, webhook_statuses, endpoint, is_stored, kind, key_id,
-        eta, available_at, dispatch_at, created_at)
-    SELECT id, tenant_id, model, adapter, model_revision, CASE WHEN is_quarantined THEN 'isolated' ELSE lane END,
-        retry_of, priority, idempotency_key, request_hash, max_failures,
-        {CLOCK} + make_interval(secs => start_timeout), deadline_at, deadline_at, run_timeout_seconds,
-        num_prompt_tokens, max_tokens, seed, cost, metadata::json, result_ttl_seconds,
-        webhook_url, webhook_statuses::text[], endpoint, is_stored,
-        kind, key_id, eta::real[],
-        {CLOCK}, {CLOCK}, {CLOCK}
-    FROM fresh JOIN load USING (tenant_id)
-    WHERE place_in_tenant <= room AND call_size <= bound  -- of a call that can never fit, no part is accepted
-    ORDER BY place
-    ON CONFLICT DO NOTHING RETURNING id, tenant_id
-),
+        eta, available_at, dispatch_at, created_at"""
+
+NEW_VALUES = f"""f.id, f.tenant_id, f.model, f.adapter, CASE WHEN is_quarantined THEN 'isolated' ELSE f.lane END,
+        f.retry_of, f.priority, f.idempotency_key, f.request_hash, f.max_failures,
+        {CLOCK} + make_interval(secs => start_timeout), f.deadline_at, f.deadline_at, f.run_timeout_seconds,
+        f.num_prompt_tokens, f.max_tokens, f.seed, f.cost, f.metadata::json, f.result_ttl_seconds,
+        f.webhook_url, f.webhook_statuses::text[], f.endpoint, f.is_stored,
+        f.kind, f.key_id, f.eta::real[],
+        {CLOCK}, {CLOCK}, {CLOCK}"""
+
+PAYLOAD = """
 payload AS (
     INSERT INTO job_payloads (job_id, request, prompt_token_ids, input_lengths, fingerprint, endpoint_body, request_id,
         traceparent, callback)
     SELECT id, request::json, prompt_token_ids::int[], input_lengths::int[], fingerprint, endpoint_body::json,
-        request_id, traceparent, callback::json
-    FROM inserted JOIN new USING (id)
+        new.request_id, new.traceparent, callback::json
+    FROM (SELECT id FROM inserted) i JOIN new USING (id)
+)"""
+
+ACCEPT = text(f"""
+WITH {NEW},
+{room("FOR NO KEY UPDATE OF l")},
+{FRESH},
+inserted AS (
+    INSERT INTO jobs ({NEW_COLUMNS}, model_revision)
+    SELECT {NEW_VALUES}, f.model_revision FROM fresh f JOIN load USING (tenant_id) WHERE {HAS_ROOM}
+    ORDER BY place
+    ON CONFLICT DO NOTHING RETURNING id, tenant_id
 ),
+{PAYLOAD},
 {UNUSED},
 level AS (  -- what those who run jobs have received; if nobody does, those who wait
     SELECT min(a.virtual_time - coalesce(r.num_tokens, 0) / t.weight) FILTER (WHERE a.num_running > 0) AS running,

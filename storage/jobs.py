@@ -1,9 +1,9 @@
 """The job protocol: every transition of an accepted job is one fenced compare-and-set statement.
 
-Only this module and `storage/job_accept.py`, where jobs come in, write `Job.status`. All functions are synchronous on a
-`Session` and do not commit; the API calls them through `AsyncSession.run_sync`. Leases and deadlines are set and judged
-only by the database's clock. The statements are in `storage/job_statements.py` and `storage/job_ends.py`; reading is in
-`storage/job_queries.py`.
+Only this module, `storage/job_accept.py`, where jobs come in, and `storage/answered_jobs.py` and `storage/answers.py`,
+where known answers end them, write `Job.status`. All functions are synchronous on a `Session` and do not commit; the
+API calls them through `AsyncSession.run_sync`. Leases and deadlines are set and judged only by the database's clock.
+The statements are in `storage/job_statements.py` and `storage/job_ends.py`; reading is in `storage/job_queries.py`.
 """
 
 import logging

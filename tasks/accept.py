@@ -8,8 +8,8 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -25,6 +25,7 @@ from metrics import jobs_accept_group_size, jobs_accept_seconds, jobs_accept_wai
 from observability import describe_exception
 from settings import Settings
 from storage import answers, job_accept
+from storage.answered_jobs import accept_answered
 from storage.database import OUTAGES, async_session_factory, keep_plans, open_statement_database
 from storage.job_accept import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome, NewJob
 
@@ -194,25 +195,25 @@ class GroupAcceptor:
         return outcomes
 
     def _accept_in(self, session: Session, new_jobs: Sequence[NewJob]) -> list[Accepted]:
-        return job_accept.accept(session, new_jobs, **self._bounds)
+        return job_accept.accept(session, new_jobs, answer=job_accept.nobody, **self._bounds)
 
     def _accept_and_answer(self, session: Session, new_jobs: Sequence[NewJob]) -> list[Accepted]:
-        """Insert the jobs, and complete those whose answers are known. Raises _NotAnswered if that fails."""
-        accepted = self._accept_in(session, new_jobs)
+        """Insert the jobs, those whose answers are known as completed. Raises _NotAnswered if that fails."""
+        accepted = job_accept.accept(session, new_jobs, answer=self._answer_first, **self._bounds)
         keyed = [
             job
             for job, outcome in zip(new_jobs, accepted, strict=True)
-            if job.answer_key is not None and outcome.outcome is AcceptOutcome.ACCEPTED
+            if job.answer_key is not None and outcome.outcome is AcceptOutcome.ACCEPTED and outcome.record is None
         ]
         if not keyed:
             return accepted
-        try:
+        with _told_apart():
             records = answers.answer(session, keyed, max_age_seconds=self._answer_seconds)
-        except DBAPIError as exc:
-            if exc.connection_invalidated:
-                raise
-            raise _NotAnswered(exc) from exc
-        return [replace(outcome, record=records.get(outcome.job_id)) for outcome in accepted]
+        return [replace(one, record=one.record or records.get(one.job_id)) for one in accepted]
+
+    def _answer_first(self, session: Session, new_jobs: Sequence[NewJob]) -> dict[UUID, Accepted]:
+        with _told_apart():
+            return accept_answered(session, new_jobs, max_age_seconds=self._answer_seconds, **self._bounds)
 
 
 class _NotAnswered(Exception):
@@ -221,6 +222,17 @@ class _NotAnswered(Exception):
     def __init__(self, cause: DBAPIError) -> None:
         super().__init__()
         self.cause = cause
+
+
+@contextmanager
+def _told_apart() -> Iterator[None]:
+    """Raises _NotAnswered if the database refuses to answer, though not if it is away."""
+    try:
+        yield
+    except DBAPIError as exc:
+        if exc.connection_invalidated:
+            raise
+        raise _NotAnswered(exc) from exc
 
 
 @asynccontextmanager
