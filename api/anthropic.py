@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.inputs import off_loop, read_model
+from api.inputs import off_loop, read_body, read_generation, read_model, require_json
 from api.openai.answers import Framing, WholeAnswer, stream_answer
 from api.openai.running import Asked, Run, start
 from api.openapi import REFUSALS, request_body, streamed_or
@@ -46,10 +46,15 @@ FRAMING = Framing(frame_of=_named_frame, last_frame=b"", heartbeat=_named_frame(
 @router.post("/v1/messages", responses=streamed_or(MessageView), openapi_extra=request_body(MessagesBody))
 async def create_message(request: Request) -> Response:
     """A message as Anthropic defines it, and a job like any other: `x-job-id` has its id for `/v1/jobs`."""
-    body = await read_model(request, MessagesBody, ANTHROPIC_HINT_TREE)
-    view = services_of(request).views.get(body.model)
-    generation = await off_loop(request, to_generation_request, body, view)
+    require_json(request)
+    content = await read_body(request)
+    read = await read_generation(
+        request, content, MessagesBody, to_generation_request, ANTHROPIC_HINT_TREE, has_default=False
+    )
+    body, generation, view = read.body, read.generation, read.view
     run = await _start(request, generation, _asked(body), view)
+    if run.record is not None:
+        run.services.known_bodies.note(read)
     if body.stream:
         return stream_answer(run, MessageStream(run, generation, body, view.output_format), FRAMING)
     return WholeAnswer([run], lambda records: from_result(records[0], generation, body, view.output_format))

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import RequestTimeout, UnsupportedMediaType, json_response
-from api.known_bodies import ReadBody
+from api.known_bodies import ReadBody, Translated
 from api.limits import LARGE_BYTES
 from api.request_headers import header_of
 from api.services import caller_of, services_of
@@ -27,7 +27,6 @@ from dialects.openai_views import REFERENCE, View, page
 from domain.catalog import Task
 from domain.errors import InvalidCursor, InvalidRequest
 from domain.jobs import FirstErrorModel, JobStatus, external_id, parse_id, parse_id_of_other
-from domain.requests import GenerationRequest
 from text.models import ModelView
 
 BODY_SECONDS = 30.0  # how long the whole body may take to arrive
@@ -57,16 +56,19 @@ async def read_generation(
     request: Request,
     content: bytes,
     model: type[Model],
-    translate: Callable[[Model, ModelView], GenerationRequest],
+    translate: Callable[[Model, ModelView], Translated],
     hints: HintTree | None = None,
-) -> ReadBody[Model]:
-    """The body `content` of a request for one generation. A body without a `model` gets the installation's. Raises what
-    `parse_model` and `translate` do, ModelNotFound, ModelUnavailable and ServerOverloaded."""
+    *,
+    has_default: bool = True,
+) -> ReadBody[Model, Translated]:
+    """The body `content` of a request for generations, as `translate` makes them of it. A body without a `model` gets
+    the installation's, if the route `has_default`. Raises what `parse_model` and `translate` do, ModelNotFound,
+    ModelUnavailable and ServerOverloaded."""
     services, tenant_id = caller_of(request)
-    default_model = services.catalog.default_id_for("generation")
+    default_model = services.catalog.default_id_for("generation") if has_default else None
     key = (tenant_id, model, default_model, content)
     known = services.known_bodies.find(key)
-    if known is not None and known.view is services.views.get(known.generation.model):
+    if known is not None and known.view is services.views.get(known.body.model):
         note_ignored(known.ignored)
         return known
     body: Any = await off_loop(request, parse_model, content, model, hints, default_model=default_model)

@@ -8,15 +8,16 @@ default: of these, it is known how they were.
 import asyncio
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any, Generic, TypeVar
 from uuid import UUID
 
 from pydantic import BaseModel
 
 from dialects.bodies import Model
-from domain.requests import GenerationRequest
 from tasks.known_requests import KEEP_SECONDS
 from text.models import ModelView
+
+Translated = TypeVar("Translated")
 
 MAX_BODIES = 256
 
@@ -26,12 +27,12 @@ Key = tuple[UUID, type[BaseModel], str | None, bytes]  # the tenant, the kind of
 
 
 @dataclass(frozen=True, slots=True)
-class ReadBody(Generic[Model]):
-    """A body and what it asks for, from the model as `view` shows it."""
+class ReadBody(Generic[Model, Translated]):
+    """A body and what it asks for, one generation or several, from the model as `view` shows it."""
 
     key: Key
     body: Model
-    generation: GenerationRequest
+    generation: Translated
     view: ModelView
     ignored: tuple[str, ...]  # the fields that the answer names as ignored
 
@@ -40,15 +41,15 @@ class KnownBodies:
     """Bound to one event loop."""
 
     def __init__(self) -> None:
-        self._read: OrderedDict[Key, ReadBody[Any]] = OrderedDict()
+        self._read: OrderedDict[Key, ReadBody[Any, Any]] = OrderedDict()
 
-    def find(self, key: Key) -> ReadBody[Any] | None:
+    def find(self, key: Key) -> ReadBody[Any, Any] | None:
         found = self._read.get(key) if len(key[-1]) <= MAX_BYTES else None  # hashing takes time by length
         if found is not None:
             self._read.move_to_end(key)
         return found
 
-    def note(self, read: ReadBody[Any]) -> None:
+    def note(self, read: ReadBody[Any, Any]) -> None:
         """Its answer was known. Not if the body is long."""
         if len(read.key[-1]) > MAX_BYTES:
             return

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.inputs import off_loop, read_body, read_for_model, read_generation, require_json
+from api.inputs import read_body, read_for_model, read_generation, require_json
 from api.openai.answers import Framing, WholeAnswer, stream_answer
 from api.openai.running import Asked, answer_headers, start, start_all
 from api.openapi import EVENTS, request_body
@@ -132,13 +132,16 @@ class InferredView(AnsweredView):
 )
 async def generate(request: Request) -> Response:
     """Continue one prompt, or up to 64 of them: each is a job, and they run at the same time."""
-    body = await read_for_model(request, GenerateBody)
-    generations = await off_loop(request, body.to_requests)
+    require_json(request)
+    read = await read_generation(request, await read_body(request), GenerateBody, lambda body, _: body.to_requests())
+    body, generations = read.body, read.generation
     spelling = spelling_of_params() if body.prompts is None else spelling_of_params(prompt="prompts")
     asked = Asked(
         Endpoint.SIMPLE, has_stream=False, use_cache=body.use_cache, spelling=spelling, timeouts=body.timeouts
     )
     runs = await start_all(request, generations, asked)
+    if all(run.record is not None for run in runs):
+        runs[0].services.known_bodies.note(read)
     if body.prompts is None:
         return WholeAnswer(runs, lambda records: generated(records[0]))
     return WholeAnswer(runs, lambda records: {"results": [generated(record) for record in records]})

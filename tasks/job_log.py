@@ -64,11 +64,15 @@ def submitted(model: str, outcome: str) -> None:
 
 
 def accepted(new_job: NewJob) -> None:
+    _accepted(new_job, "accepted", {})
+
+
+def _accepted(new_job: NewJob, what: str, more: dict[str, object]) -> None:
     request = new_job.request
     submitted(request.model_id, AcceptOutcome.ACCEPTED.value)
     labelled(submitted_prompt_tokens_total, request.model_id).inc(len(new_job.prompt_token_ids))
     facts = {"model": request.model, "kind": request.kind, "prompt_tokens": len(new_job.prompt_token_ids)}
-    _log("accepted", new_job.id, new_job, facts | {"max_tokens": new_job.max_tokens})
+    _log(what, new_job.id, new_job, facts | {"max_tokens": new_job.max_tokens} | more)
     job_span("accept", new_job.id, new_job.traceparent, attributes={"gen_ai.request.model": request.model})
 
 
@@ -79,9 +83,9 @@ def of_batch(new_job: NewJob, batch: Batch, line: int) -> None:
 
 
 def answered(new_job: NewJob) -> None:
-    """The job was completed at once, with a known answer."""
+    """The job was accepted with a known answer, so that it ended at once: one transition, and one line."""
+    _accepted(new_job, "accepted and answered", {"status": JobStatus.COMPLETED.value, "cached": True})
     _count_end(new_job.request.model_id, JobStatus.COMPLETED, FinishReason.STOP)
-    _log("ended", new_job.id, new_job, {"status": JobStatus.COMPLETED.value, "cached": True})
     job_span("answer from the cache", new_job.id, new_job.traceparent)
 
 

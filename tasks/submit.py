@@ -205,12 +205,11 @@ class Submitter:
     def conclude(self, new_job: NewJob, accepted: Accepted) -> Submitted:
         """Call after the commit: logs and counts the submission, and lets workers know of a new job."""
         is_new = accepted.outcome is AcceptOutcome.ACCEPTED
-        if is_new:
+        if is_new and accepted.record is not None:
+            job_log.answered(new_job)
+        elif is_new:
             job_log.accepted(new_job)
-            if accepted.record is not None:
-                job_log.answered(new_job)
-            else:
-                self._ring(new_job.request.model_id, new_job.id)
+            self._ring(new_job.request.model_id, new_job.id)
         else:
             job_log.submitted(new_job.request.model_id, accepted.outcome.value)
         cache: CacheOutcome | None = None

@@ -132,10 +132,13 @@ def _asked(body: ChatCompletionBody) -> Asked:
 async def create_completion(request: Request) -> Response:
     """A completion like OpenAI's. Each prompt has `n` consecutive choices: choice `i * n + j` is answer `j` to prompt
     `i`."""
-    body = await read_for_model(request, CompletionBody, HINT_TREE)
-    view = services_of(request).views.get(body.model)
-    generations = await off_loop(request, to_generation_requests, body)
+    require_json(request)
+    content = await read_body(request)
+    read = await read_generation(request, content, CompletionBody, lambda b, _: to_generation_requests(b), HINT_TREE)
+    body, generations, view = read.body, read.generation, read.view
     runs = await start_all(request, generations, _asked_completion(body))
+    if all(run.record is not None for run in runs):
+        runs[0].services.known_bodies.note(read)
     prompts = await off_loop(request, _prompts_of, body, generations, view)
     if not body.stream:
         return WholeAnswer(

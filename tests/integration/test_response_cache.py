@@ -1,5 +1,6 @@
 """The response cache: a request that was answered before is a job that is born completed, with the same output."""
 
+import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -160,7 +161,10 @@ def num_tokenized() -> float:
     return registries[Process.API].get_sample_value("celeriac_tokenize_seconds_count", {"model": "large"}) or 0.0
 
 
-@pytest.mark.parametrize("path", ["/v1/jobs", "/v1/chat/completions", "/api/v1/infer"])
+@pytest.mark.parametrize(
+    "path",
+    ["/v1/jobs", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/generate", "/api/v1/infer"],
+)
 def test_a_body_whose_answer_is_known_is_not_read_again(
     clients: tuple[httpx.Client, httpx.Client],
     hand_worker: HandWorker,
@@ -190,12 +194,16 @@ def test_a_body_whose_answer_is_known_is_not_read_again(
 
 
 def test_a_hit_joins_no_queue(
-    api: ApiServer, client: httpx.Client, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
+    client: httpx.Client, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(hand_worker, ask(client).json()["id"], "Hello")
     joined: list[NewJob] = []
     monkeypatch.setattr(QueueMonitor, "accepted", lambda monitor, new_job: joined.append(new_job))
-    assert outcome_of(ask(client))[1] == "hit"
+    with caplog.at_level(logging.INFO, "celeriac.jobs"):
+        hit = ask(client)
+    assert outcome_of(hit)[1] == "hit"
+    lines = [line for line in caplog.records if vars(line).get("job_id") == hit.json()["id"]]
+    assert [(line.getMessage(), vars(line)["cached"]) for line in lines] == [("job accepted and answered", True)]
     request = {"model": "large", "prompt": "abc", "temperature": 0, "max_tokens": 8}
     assert client.post("/v1/completions", json=request).headers["x-celeriac-cache"] == "hit"
     assert not joined
