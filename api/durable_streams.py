@@ -26,7 +26,7 @@ from api.events import (
     terminal_id,
 )
 from api.inputs import OutputQuery, query_parameters, read_query
-from api.jobs import find_job
+from api.jobs import find_job, find_job_to_stream
 from api.limits import size_of
 from api.openapi import EVENTS, TEXT
 from api.services import Services, caller_of, stream_router
@@ -216,7 +216,7 @@ async def describe_durable_stream(job_id: str, request: Request) -> Response:
 async def _asked(job_id: str, request: Request) -> DurableRead:
     services, tenant_id = caller_of(request)
     query = read_query(request, DurableStreamQuery)
-    record = await find_job(services, job_id, tenant_id, with_result=False)
+    record = await find_job_to_stream(services, job_id, tenant_id)
     start = start_of_read(query.offset, tail_of(record.job))
     is_text = _prefers_text(request.headers.get("accept", ""))
     content = PlainText(query.index) if is_text else JsonMessages(external_id(record.job.id))

@@ -6,6 +6,7 @@ that names the old one (docs/adr/0011).
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -198,7 +199,7 @@ async def stream_job(job_id: str, request: Request) -> Response:
     query = read_query(request, EventsQuery)
     include = included(query.include, {"token_ids"})
     cursor = stream_cursor(request.headers.get("last-event-id"), query.starting_after)
-    record = await find_job_to_stream(services, job_id, tenant_id)
+    record = await find_job_to_stream(services, job_id, tenant_id, after=cursor or 0)
     start = start_of(record.job, cursor, query.from_)
     if start is None:
         return Response(status_code=204)  # makes a browser's EventSource stop reconnecting
@@ -281,16 +282,29 @@ async def find_job(
     return record
 
 
-async def find_job_to_stream(services: Services, job_id: str, tenant_id: UUID) -> JobRecord:
+async def find_job_to_stream(
+    services: Services, job_id: str, tenant_id: UUID, *, after: int | None = None
+) -> JobRecord:
     """As `find_job`, without request and result. What it returns is shared: thousands may begin to read one job at
-    once."""
+    once. With `after` it may be a moment old, but knows that chunk."""
     id_ = _parse_job_id(job_id)
-    record = await services.streamed_jobs.read(
-        (id_, tenant_id), lambda: services.read(job_queries.get, id_, tenant_id, with_result=False)
-    )
+    kept = services.kept_jobs.get((id_, tenant_id), services.streams.version_of(id_))
+    if kept is not None and after is not None and kept.job.committed_sequence_number >= after:
+        record: JobRecord | None = kept
+    else:
+        read = partial(_read_job_to_stream, services, id_, tenant_id)
+        record = await services.streamed_jobs.read((id_, tenant_id), read)
     if record is None:
         raise _not_found(job_id)
     job_id_context.set(external_id(id_))
+    return record
+
+
+async def _read_job_to_stream(services: Services, id_: UUID, tenant_id: UUID) -> JobRecord | None:
+    version = services.streams.version_of(id_)
+    record = await services.read(job_queries.get, id_, tenant_id, with_result=False)
+    if record is not None and not record.job.status.is_terminal:  # one that has ended may be deleted
+        services.kept_jobs.keep((id_, tenant_id), version, record)
     return record
 
 

@@ -51,6 +51,7 @@ from settings import Settings
 from storage import job_queries, jobs
 from storage.database import OUTAGES, repeatable, within
 from storage.job_queries import JobRecord
+from storage.kept_answers import KeptAnswers
 from storage.stream_channels import REDIS_OUTAGES, channel_of
 from storage.streams import StreamMessage, StreamReader
 from tasks import job_log
@@ -107,6 +108,7 @@ class Services:
     frames: SharedFrames = field(default_factory=SharedFrames)
     known_bodies: KnownBodies = field(default_factory=KnownBodies)
     streamed_jobs: SharedReads[JobRecord | None] = field(default_factory=SharedReads)
+    kept_jobs: KeptAnswers[JobRecord] = field(default_factory=KeptAnswers)  # by their ids and their tenants'
     background: set["asyncio.Task[None]"] = field(default_factory=set)  # the tasks of `spawn` that are not done
     delivered: list[UUID] = field(default_factory=list)  # jobs for `note_delivered`, while others are being written
     is_noting_delivered: bool = False

@@ -10,7 +10,7 @@ A read that has begun is joined by nobody: it may not see what was committed bef
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 from uuid import UUID
@@ -23,6 +23,7 @@ from domain.requests import TokenChunk
 from domain.shares import SharedTurns, current_tenant
 from storage.database import within
 from storage.job_queries import CHUNKS_PER_READ, StreamState, read_log
+from storage.kept_answers import KeptAnswers
 
 log = logging.getLogger(__name__)
 
@@ -71,9 +72,17 @@ class _Read:
 class LogReads:
     """Of one process; to be used on its event loop only."""
 
-    def __init__(self, sessions: async_sessionmaker[AsyncSession], *, is_shared: bool) -> None:
-        """`is_shared`: there may be several tenants, who take turns."""
+    def __init__(
+        self,
+        sessions: async_sessionmaker[AsyncSession],
+        version_of: Callable[[UUID], int | None],
+        *,
+        is_shared: bool,
+    ) -> None:
+        """`version_of` is that of StreamReader. `is_shared`: there may be several tenants, who take turns."""
         self._sessions = sessions
+        self._version_of = version_of
+        self._kept = KeptAnswers[tuple[int, LogPage]]()  # with the position from which each was read
         self._turns = SharedTurns(MAX_READS, max_waiting=MAX_WAITING, what="streams wait", is_shared=is_shared)
         self._to_come: dict[UUID, deque[_Read]] = {}  # of each job that is being read
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,6 +91,15 @@ class LogReads:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def kept(self, job_id: UUID, *, after: int) -> LogPage | None:
+        """A page for a stream that begins and hears messages already, if one was read a moment ago. To be used once, as
+        a stream that asks again has reason to doubt what it was told."""
+        kept = self._kept.get(job_id, self._version_of(job_id))
+        if kept is None:
+            return None
+        lowest, page = kept
+        return page if lowest <= after <= lowest + NEAR_CHUNKS else None
 
     async def read(self, job_id: UUID, *, after: int) -> LogPage:
         """Chunks after `after`, and perhaps some before it. Raises one of READ_FAILURES."""
@@ -125,6 +143,7 @@ class LogReads:
             del self._to_come[job_id]
 
     async def _answer(self, job_id: UUID, read: _Read) -> None:
+        version = self._version_of(job_id)
         try:
             page = LogPage(*await within(READ_SECONDS, self._query(job_id, read.lowest)))
         except READ_FAILURES as exc:
@@ -135,6 +154,7 @@ class LogReads:
             read.answer.cancel()
             raise
         else:
+            self._kept.keep(job_id, version, (read.lowest, page))
             read.answer.set_result(page)
 
     async def _query(self, job_id: UUID, after: int) -> tuple[StreamState | None, list[TokenChunk]]:

@@ -60,6 +60,7 @@ class ChannelListener:
         self._subscribed: dict[UUID, asyncio.Event] = {}
         self._connection: AbstractConnection | None = None
         self._num_heard = 0  # messages and answers, ever
+        self._versions: dict[UUID, int] = {}  # of each channel that is heard, its last message's number
         self._sending = asyncio.Lock()
         self._subscribing: set[asyncio.Task[None]] = set()  # the event loop keeps only weak references
 
@@ -78,6 +79,10 @@ class ChannelListener:
         except TimeoutError:
             log.debug("no answer to SUBSCRIBE yet", extra={"job_id": str(job_id)})
 
+    def version_of(self, job_id: UUID) -> int | None:
+        """Another one after each message; None while messages may be missed."""
+        return self._versions.get(job_id)
+
     async def _subscribe(self, job_id: UUID) -> None:
         """Once for all streams of a job: it is sent even if the first of them leaves meanwhile."""
         task = asyncio.create_task(self._send("SUBSCRIBE", job_id))
@@ -87,6 +92,7 @@ class ChannelListener:
 
     async def remove(self, job_id: UUID) -> None:
         self._subscribed.pop(job_id, None)
+        self._versions.pop(job_id, None)
         await self._send("UNSUBSCRIBE", job_id)
 
     async def run(self) -> None:
@@ -119,6 +125,7 @@ class ChannelListener:
 
     async def _disconnect(self) -> None:
         connection, self._connection = self._connection, None
+        self._versions.clear()
         for subscribed in self._subscribed.values():
             subscribed.clear()
         if connection is not None:
@@ -162,11 +169,14 @@ class ChannelListener:
         if kind not in (b"message", b"subscribe"):
             return
         job_id = _job_id_of(message[1])
-        if job_id is None:
+        if job_id not in self._subscribed:
             return
         if kind == b"message":
+            if job_id in self._versions:
+                self._versions[job_id] = self._num_heard
             self._on_message(job_id, message[2])
-        elif job_id in self._subscribed:
+        else:
+            self._versions[job_id] = self._num_heard
             self._subscribed[job_id].set()
             self._on_gap(job_id)
 

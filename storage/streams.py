@@ -144,7 +144,7 @@ class StreamReader:
     ) -> None:
         """`is_shared`: there may be several tenants, who take turns at reading the log."""
         self._sessions = sessions
-        self._log = LogReads(sessions, is_shared=is_shared)
+        self._log = LogReads(sessions, self.version_of, is_shared=is_shared)
         self._silence_seconds = silence_seconds
         self._streams: dict[UUID, list[_Stream]] = {}
         self._listener = ChannelListener(redis_url, on_message=self._on_message, on_gap=self._on_gap)
@@ -165,6 +165,11 @@ class StreamReader:
 
     def num_readers(self, job_id: UUID) -> int:
         return len(self._streams.get(job_id, ()))
+
+    def version_of(self, job_id: UUID) -> int | None:
+        """For KeptAnswers: another one after each message about the job; None if some may be missed, or if the job has
+        not several streams, which is when nothing need be kept."""
+        return self._listener.version_of(job_id) if self.num_readers(job_id) > 1 else None
 
     async def read(self, job_id: UUID, *, starting_after: int = 0) -> AsyncGenerator[TokenChunk | StatusChange]:
         """Yield every chunk after `starting_after`, each once and in order, and the status changes between them.
@@ -187,11 +192,14 @@ class StreamReader:
             await self._leave(stream)
 
     async def _follow(self, stream: _Stream) -> AsyncGenerator[TokenChunk | StatusChange]:
+        kept = self._log.kept(stream.job_id, after=stream.last)
         while True:
             if stream.is_behind:
                 stream.is_behind = False  # before reading, so that a message during the read is not lost
-                state, chunks = await self._read_log(stream)
-                for event in _advance(stream, state, chunks):
+                page, kept = kept or await self._read_log(stream), None
+                stream.is_behind |= page.is_full
+                state = page.state
+                for event in _advance(stream, state, page.chunks):
                     yield event
                 if state is None or (state.status.is_terminal and stream.knows(state)):
                     return
@@ -209,12 +217,9 @@ class StreamReader:
         """Retries while the database is down."""
         while True:
             try:
-                page = await self._log.read(stream.job_id, after=stream.last)
+                return await self._log.read(stream.job_id, after=stream.last)
             except READ_FAILURES:
                 await asyncio.sleep(STORAGE_RETRY_SECONDS)
-                continue
-            stream.is_behind |= page.is_full
-            return page
 
     async def _run(self, function: Callable[Concatenate[Session, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         async with self._sessions() as session:

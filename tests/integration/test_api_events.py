@@ -4,7 +4,7 @@ import itertools
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,9 +24,9 @@ from domain.jobs import FinishReason, JobStatus, external_id
 from domain.requests import TokenChunk, TokenLogprob
 from local.servers import EmbeddedRedis
 from settings import Settings
-from storage import job_queries
+from storage import job_queries, kept_answers
 from tests.integration.api_harness import ApiServer, HandWorker, all_events, make_chunk, numbered, open_events, post_job
-from tests.waiting import slowness, wait_until
+from tests.waiting import SECONDS, slowness, wait_until
 
 TEXTS = ("Once ", "upon ", "a ", "time\r\n\n", "data: x\n\n", "🙂", "\0", "\u2028\x85</script>")
 
@@ -215,6 +215,25 @@ def test_a_cursor_into_the_future_of_a_running_job_is_refused(http: httpx.Client
     hand_worker.say(job, "a")
     response = http.get(f"/v1/jobs/{external_id(job.id)}/events", params={"starting_after": 2})
     assert (response.status_code, response.json()["error"]["code"]) == (400, "invalid_cursor")
+
+
+def test_a_cursor_whose_message_was_lost_on_the_way_here_is_taken(
+    http: httpx.Client, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_answers, "KEEP_SECONDS", SECONDS)
+    job = hand_worker.claim(post_job(http)["id"])
+    job_id = external_id(job.id)
+    hand_worker.say(job, "a")
+    with ExitStack() as stack:
+        streams = []
+        for _ in range(4):  # what the third has read is kept for the fourth
+            streams.append(stack.enter_context(open_events(http, job_id)))
+            assert next(streams[-1]).name == "job.started"
+        hand_worker.say(job, "b", first=2, is_published=False)
+        later = stack.enter_context(open_events(http, job_id, params={"starting_after": 2}))
+        hand_worker.say(job, "c", first=3)
+        hand_worker.finish(job, "a", "b", "c")
+        assert [text_of(list(events)) for events in (*streams, later)] == ["abc"] * 4 + ["c"]
 
 
 def test_the_header_wins_over_the_query_which_a_browser_repeats(http: httpx.Client, finished: str) -> None:

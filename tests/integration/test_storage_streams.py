@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.jobs import FinishReason, JobStatus, Usage
 from domain.requests import GenerationResult, TokenChunk
 from local.servers import EmbeddedRedis
-from storage import jobs, streams
+from storage import jobs, kept_answers, streams
 from storage.database import async_session_factory, open_async_database
 from storage.jobs import ChunkCommit, Finalisation
 from storage.stream_channels import channel_of
@@ -308,6 +308,46 @@ async def test_streams_that_begin_together_share_what_they_read(
     for after, received in zip(positions, followed, strict=True):
         assert numbers(received) == list(range(after + 1, 701))
     assert len(reads) < 30, "two hundred streams read the log by themselves"
+
+
+async def test_a_stream_that_begins_beside_others_reads_the_log_only_after_news(
+    reader: StreamReader,
+    start_job: Callable[[], RunningJob],
+    async_sessions: async_sessionmaker[AsyncSession],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kept_answers, "KEEP_SECONDS", SECONDS)
+    reads: list[str] = []
+    listen(
+        async_sessions.kw["bind"].sync_engine,
+        "before_cursor_execute",
+        lambda _, cursor, statement, *rest: reads.extend(["log"] if "job_chunks" in statement else []),
+    )
+    job = start_job()
+    job.commit(3)
+    async with AsyncExitStack() as stack:
+
+        async def begin(after: int = 0) -> Received:
+            return await stack.enter_async_context(following(reader, job, starting_after=after))
+
+        first = await begin()
+        await wait_until_async(lambda: reader._listener.version_of(job.job.id) is not None)
+        beside = [first, await begin()]
+        num_read = len(reads)
+        beside += [await begin(), await begin()]
+        assert len(reads) == num_read, "what was read a moment ago was read again"
+        job.commit()  # and the message is lost
+        later = await begin(after=2)
+        await wait_until_async(lambda: all(numbers(one) == [1, 2, 3, 4] for one in beside))  # silence tells
+        job.publish(*job.commit())
+        await wait_until_async(lambda: all(numbers(one)[-1] == 5 for one in (*beside, later)))
+        beside.append(await begin())
+        await wait_until_async(lambda: numbers(beside[-1]) == [1, 2, 3, 4, 5])
+        job.publish(*job.commit())
+        job.complete()
+    assert [numbers(one) for one in beside] == [[1, 2, 3, 4, 5, 6]] * len(beside)
+    assert numbers(later) == [3, 4, 5, 6]
+    assert reader.version_of(job.job.id) is None
 
 
 async def test_streams_survive_the_death_of_redis(
