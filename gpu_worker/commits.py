@@ -77,7 +77,11 @@ class JobStorage:
     def __init__(self, settings: Settings, spec: ModelSpec, owner: UUID, worker_name: str) -> None:
         self._worker_name = worker_name
         self._database = database.open_database(
-            settings.database_url, pool_size=1, max_overflow=0, idle_seconds=settings.idle_transaction_seconds
+            settings.database_url,
+            pool_size=1,
+            max_overflow=0,
+            idle_seconds=settings.idle_transaction_seconds,
+            repeats_calls=True,  # StorageThread does
         )
         database.keep_plans(self._database)  # for each chunk, PostgreSQL would plan the check of its foreign key again
         self.sessions: sessionmaker[Session] = database.session_factory(self._database)

@@ -130,15 +130,23 @@ def database_url(url: str) -> URL:
     return parsed
 
 
-def open_database(url: str, *, pool_size: int = 4, max_overflow: int = 4, idle_seconds: float = IDLE_SECONDS) -> Engine:
+def open_database(
+    url: str,
+    *,
+    pool_size: int = 4,
+    max_overflow: int = 4,
+    idle_seconds: float = IDLE_SECONDS,
+    repeats_calls: bool = False,
+) -> Engine:
     """A pool of sync connections, for workers and maintenance. Connects on first use. The server ends transactions that
-    are idle for `idle_seconds`."""
+    are idle for `idle_seconds`. For a caller that repeats its calls after an outage, connections are not asked whether
+    they still work each time, which is a round trip: one that was lost while idle raises one of OUTAGES."""
     database = create_engine(
         database_url(url),
         pool_size=pool_size,
         max_overflow=max_overflow,
         pool_timeout=POOL_TIMEOUT_SECONDS,
-        pool_pre_ping=True,
+        pool_pre_ping=not repeats_calls,
         connect_args=CONNECT_ARGS,
     )
     guard_sessions(database, idle_seconds)
