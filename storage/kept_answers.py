@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 
 Answer = TypeVar("Answer")
 
-KEEP_SECONDS = 0.25  # a message may be lost: then what is kept is old, which open streams notice within a second
+KEEP_SECONDS = 1.0  # a message may be lost: open streams, too, are then behind for as long
 
 
 class KeptAnswers(Generic[Answer]):
