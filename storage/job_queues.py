@@ -2,6 +2,7 @@
 
 # ruff: noqa: S608  (only constants of the storage are inserted into the text; values are bound)
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -13,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from domain.eta import Load
 from domain.jobs import MIN_PRIORITY, Lane, WaitingJob
+from storage.job_ends import MAY_HAVE_BEGUN
 from storage.job_statements import BEGUN, CHARGE, CLOCK, EXCESS, FAIR_TIME, LIFTED, RANK, STANDING, lead
 from storage.tables import Job
 
@@ -40,49 +42,84 @@ FROM jobs j LEFT JOIN job_followers f ON f.job_id = j.id WHERE j.status = 'queue
 
 MAX_READ = 20_000  # queued jobs; it takes a tenth of a second
 
-MIN_ENDS = 4  # jobs at each end of a long queue
+NUMS_QUEUED = text("SELECT tenant_id, num_queued FROM tenant_load WHERE num_queued > 0")
 
-NUMS_QUEUED = text("SELECT num_queued FROM tenant_load WHERE num_queued > 0 ORDER BY num_queued")
+# Which tenants have queued jobs of which models, by one look into jobs_ready_idx for each such queue.
+QUEUES = text("""
+WITH RECURSIVE queues AS (
+    (SELECT j.model, j.tenant_id FROM jobs j WHERE j.status = 'queued' ORDER BY j.model, j.tenant_id LIMIT 1)
+    UNION ALL
+    SELECT n.model, n.tenant_id FROM queues q CROSS JOIN LATERAL (
+        SELECT j.model, j.tenant_id FROM jobs j
+        WHERE j.status = 'queued' AND (j.model, j.tenant_id) > (q.model, q.tenant_id)
+        ORDER BY j.model, j.tenant_id LIMIT 1
+    ) n
+)
+SELECT model, tenant_id FROM queues LIMIT :limit
+""")
+
+JOBS_PER_QUEUE = 20  # the ends of a queue take about the time of so many jobs: shorter queues are read as a whole
 
 _READ = """j.id, j.tenant_id, j.model, j.model_revision, j.lane, j.priority, j.num_dispatches, j.available_at,
             j.paused_at, j.attempt, j.cost, j.num_prompt_tokens, j.num_committed_tokens, j.committed_sequence_number,
             j.reset_sequence_number, j.created_at"""
 
-# Of each tenant's queue for a model, the first and the last :num_ends jobs. Those in between, whose number is known
-# from tenant_load, are taken to be like them. Only if a tenant has several long queues are their jobs counted.
+_HELD = f"j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0"  # as in jobs_held_idx
+
+# Of each tenant's queue for a model, the first and the last :num_ends jobs, and all that may have begun, paused ones
+# among them: there are few. How many are in between is known from tenant_load, or counted if a tenant has several long
+# queues. All these are taken to be like the commonest jobs at the ends, since a queue begins with the jobs that are
+# exceptions or ends with them; only how many of them are batch lines that wait is counted.
 LONG_WAITING_GROUPS = text(f"""
-WITH RECURSIVE models AS (
-    (SELECT model FROM jobs WHERE status = 'queued' ORDER BY model LIMIT 1)
-    UNION ALL
-    SELECT (SELECT j.model FROM jobs j WHERE j.status = 'queued' AND j.model > m.model ORDER BY j.model LIMIT 1)
-    FROM models m WHERE m.model IS NOT NULL
+WITH queues AS MATERIALIZED (
+    SELECT * FROM unnest(CAST(:models AS text[]), CAST(:tenant_ids AS uuid[])) AS q(model, tenant_id)
 ),
-ends AS (
-    SELECT j.* FROM models m CROSS JOIN tenant_load l CROSS JOIN LATERAL (
-        (SELECT {_READ} FROM jobs j WHERE j.status = 'queued' AND j.model = m.model AND j.tenant_id = l.tenant_id
-            ORDER BY {RANK}, j.id LIMIT :num_ends)
-        UNION
-        (SELECT {_READ} FROM jobs j WHERE j.status = 'queued' AND j.model = m.model AND j.tenant_id = l.tenant_id
-            ORDER BY {RANK} DESC, j.id DESC LIMIT :num_ends)
-    ) j WHERE l.num_queued > 0
-),
-groups AS ({WAITING} FROM ends j LEFT JOIN job_followers f ON f.job_id = j.id GROUP BY 1, 2, 3, 4, 5, 6, 7),
 read AS (
-    SELECT model, tenant_id, sum(num_jobs)::float8 AS num_read, sum(num_jobs) >= 2 * :num_ends AS is_long
+    SELECT j.*, true AS is_end FROM queues q CROSS JOIN LATERAL (
+        (SELECT {_READ} FROM jobs j WHERE j.status = 'queued' AND j.model = q.model AND j.tenant_id = q.tenant_id
+            AND NOT {MAY_HAVE_BEGUN} ORDER BY {RANK}, j.id LIMIT :num_ends)
+        UNION
+        (SELECT {_READ} FROM jobs j WHERE j.status = 'queued' AND j.model = q.model AND j.tenant_id = q.tenant_id
+            AND NOT {MAY_HAVE_BEGUN} ORDER BY {RANK} DESC, j.id DESC LIMIT :num_ends)
+    ) j
+    UNION ALL
+    SELECT {_READ}, false FROM jobs j WHERE j.status = 'queued' AND {MAY_HAVE_BEGUN}
+),
+groups AS (
+    {WAITING}, count(*) FILTER (WHERE j.is_end) AS num_at_ends
+    FROM read j LEFT JOIN job_followers f ON f.job_id = j.id GROUP BY 1, 2, 3, 4, 5, 6, 7
+),
+counted AS (
+    SELECT model, tenant_id, sum(num_jobs) AS num_read, sum(num_at_ends) >= 2 * :num_ends AS is_long,
+        coalesce(sum(num_jobs) FILTER (WHERE is_held_line), 0) AS num_held, bool_and(is_held_line) AS is_all_held
     FROM groups GROUP BY model, tenant_id
 ),
 sized AS (
-    SELECT r.model, r.tenant_id, CASE WHEN NOT r.is_long THEN 1
-        WHEN count(*) FILTER (WHERE r.is_long) OVER of_tenant = 1
-            THEN greatest(1, (l.num_queued - sum(r.num_read) OVER of_tenant + r.num_read) / r.num_read)
+    SELECT c.*, CASE WHEN NOT c.is_long THEN 0
+        WHEN count(*) FILTER (WHERE c.is_long) OVER of_tenant = 1 THEN l.num_queued - sum(c.num_read) OVER of_tenant
         ELSE (SELECT count(*) FROM jobs j
-            WHERE j.status = 'queued' AND j.model = r.model AND j.tenant_id = r.tenant_id) / r.num_read END AS times
-    FROM read r JOIN tenant_load l USING (tenant_id) WINDOW of_tenant AS (PARTITION BY r.tenant_id)
+            WHERE j.status = 'queued' AND j.model = c.model AND j.tenant_id = c.tenant_id) - c.num_read
+        END AS num_between
+    FROM counted c JOIN tenant_load l USING (tenant_id) WINDOW of_tenant AS (PARTITION BY c.tenant_id)
+),
+divided AS (
+    SELECT s.model, s.tenant_id, s.num_between, CASE WHEN s.num_between <= 0 OR s.num_held = 0 THEN 0
+        WHEN s.is_all_held THEN s.num_between
+        ELSE (SELECT count(*) FROM jobs j
+            WHERE j.status = 'queued' AND {_HELD} AND j.model = s.model AND j.tenant_id = s.tenant_id) - s.num_held
+        END AS num_held_between
+    FROM sized s
+),
+scaled AS (
+    SELECT g.*, 1 + CASE WHEN row_number() OVER likely > 1 THEN 0 WHEN g.is_held_line THEN d.num_held_between
+        ELSE greatest(0, d.num_between - d.num_held_between) END / g.num_jobs::float8 AS times
+    FROM groups g JOIN divided d USING (model, tenant_id)
+    WINDOW likely AS (PARTITION BY g.model, g.tenant_id, g.is_held_line ORDER BY g.num_at_ends DESC, g.is_delayed)
 )
-SELECT g.model, g.lane, g.revision, g.is_held_line, g.is_delayed, g.is_paused, g.tenant_id,
-    round(g.num_jobs * s.times)::int AS num_jobs, round(g.num_to_run * s.times)::int AS num_to_run,
-    round(g.cost * s.times)::bigint AS cost, round(g.num_tokens * s.times)::bigint AS num_tokens, g.oldest_seconds
-FROM groups g JOIN sized s USING (model, tenant_id)
+SELECT model, lane, revision, is_held_line, is_delayed, is_paused, tenant_id, round(num_jobs * times)::int AS num_jobs,
+    round(num_to_run * times)::int AS num_to_run, round(cost * times)::bigint AS cost,
+    round(num_tokens * times)::bigint AS num_tokens, oldest_seconds
+FROM scaled
 """)
 
 
@@ -193,23 +230,32 @@ def queue_rows(session: Session) -> QueueRows:
 
 
 def waiting_rows(session: Session) -> Sequence[Row[Any]]:
-    """Of all queued jobs, if these are at most MAX_READ. Of more, the ends of long queues are read: then all but the
-    number that each tenant has queued are estimates."""
-    nums_queued = list(session.scalars(NUMS_QUEUED))
-    if sum(nums_queued) <= MAX_READ:
+    """Of all queued jobs, if these are at most MAX_READ, or their queues are short. Of more, the ends of long queues
+    are read. Then the numbers of jobs of each tenant and model are exact, also of those that have begun and of batch
+    lines that wait, unless a queue begins meanwhile; other reasons to wait, costs and ages are estimates."""
+    num_queued_by_tenant = {row.tenant_id: row.num_queued for row in session.execute(NUMS_QUEUED)}
+    num_queued = sum(num_queued_by_tenant.values())
+    if num_queued <= MAX_READ:
         return session.execute(WAITING_GROUPS).all()
-    return session.execute(LONG_WAITING_GROUPS, {"num_ends": num_ends(nums_queued)}).all()
+    max_queues = num_queued // JOBS_PER_QUEUE
+    queues = session.execute(QUEUES, {"limit": max_queues + 1}).all()
+    if len(queues) > max_queues:
+        return session.execute(WAITING_GROUPS).all()
+    num_queues = Counter(queue.tenant_id for queue in queues)
+    lengths = (num_queued_by_tenant.get(queue.tenant_id, 0) / num_queues[queue.tenant_id] for queue in queues)
+    columns = {"models": [queue.model for queue in queues], "tenant_ids": [queue.tenant_id for queue in queues]}
+    return session.execute(LONG_WAITING_GROUPS, columns | {"num_ends": num_ends(sorted(lengths))}).all()
 
 
-def num_ends(nums_queued: Sequence[int]) -> int:
+def num_ends(lengths: Sequence[float]) -> int:
     """How many jobs to read at each end of a queue, so that at most about MAX_READ are read in queues of these lengths,
-    which ascend."""
-    num_left = MAX_READ
-    for place, num_queued in enumerate(nums_queued):
-        share = num_left // (len(nums_queued) - place)  # of each of the queues from here on
-        if num_queued > share:
-            return max(MIN_ENDS, share // 2)
-        num_left -= num_queued
+    which ascend, or two of each."""
+    num_left: float = MAX_READ
+    for place, length in enumerate(lengths):
+        share = num_left / (len(lengths) - place)  # of each of the queues from here on
+        if length > share:
+            return max(1, int(share / 2))
+        num_left -= length
     return MAX_READ
 
 

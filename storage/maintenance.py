@@ -116,7 +116,8 @@ def reconcile_load(session: Session) -> int:
 
 
 def unserved_jobs(session: Session, *, patience_seconds: float, live_seconds: float) -> dict[str, int]:
-    """By "model/lane", how many jobs are waiting without a live worker, up to MAX_UNSERVED."""
+    """By "model/lane", how many jobs are waiting without a live worker. Of a model only MAX_UNSERVED are looked at, so
+    that beyond these, isolated ones may be missing: they have no index of their own, and few models have so many."""
     rows = session.execute(UNSERVED, {"patience_seconds": patience_seconds, "live_seconds": live_seconds})
     return {f"{row.model}/{row.lane}": row.num_jobs for row in rows}
 

@@ -28,7 +28,8 @@ class TenantQueueFigures:
 
 
 def tenant_queues(session: Session, *, limit: int) -> list[TenantQueueFigures]:
-    """The longest queues first. Reads what `queue_rows` does, so call it at most every few seconds."""
+    """The longest queues first, without those of a tenant that is deleted meanwhile. Reads what `queue_rows` does, so
+    call it at most every few seconds."""
     num_queued, oldest_seconds = Counter[tuple[str, UUID]](), defaultdict[tuple[str, UUID], float](float)
     for row in waiting_rows(session):
         key = row.model, row.tenant_id
@@ -48,4 +49,5 @@ def tenant_queues(session: Session, *, limit: int) -> list[TenantQueueFigures]:
             tenant=name_by_id[tenant_id],
         )
         for model, tenant_id in keys[:limit]
+        if tenant_id in name_by_id
     ]

@@ -86,7 +86,9 @@ def test_looking_for_revisions_that_are_gone_reads_no_jobs_without_output(sessio
 def test_figures_of_a_long_queue_read_none_but_its_ends(session: Session, make_job: MakeJob) -> None:
     make_copies(session, make_job(), 3000)
     session.execute(text("ANALYZE jobs"))
-    assert _rows_touched(session, job_queues.LONG_WAITING_GROUPS, {"num_ends": 4}) < 100
+    queues = {"models": [MODEL], "tenant_ids": [DEFAULT_TENANT_ID]}
+    assert _rows_touched(session, job_queues.LONG_WAITING_GROUPS, {"num_ends": 4} | queues) < 100
+    assert _rows_touched(session, job_queues.QUEUES, {"limit": 100}) < 20
 
 
 def test_the_limits_of_a_key_read_no_jobs_of_other_keys(session: Session, make_job: MakeJob) -> None:

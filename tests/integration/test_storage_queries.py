@@ -5,17 +5,17 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import delete, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus, WorkerState
-from storage import job_queries, job_queues, jobs, tenants, workers
+from storage import job_queries, job_queues, jobs, tenant_queues, tenants, workers
 from storage.job_metadata import MetadataEntry
 from storage.job_queries import StreamState
 from storage.job_queues import QueuePosition
 from storage.jobs import ChunkCommit, Finalisation
-from storage.tables import DEFAULT_TENANT_ID, ApiKey, Worker
+from storage.tables import DEFAULT_TENANT_ID, ApiKey, Tenant, Worker
 from storage.workers import WorkerReport
 from tests.conftest import MakeJob, MakeTenant
 from tests.storage_samples import MODEL, PAST, chunk, claim, result
@@ -178,11 +178,52 @@ class TestQueue:
             assert estimated[model].oldest_queued_seconds == pytest.approx(figures.oldest_queued_seconds, abs=1)
         assert sum(group.num_jobs for group in estimated[MODEL].waiting if group.job.is_held_line) == len(lines)
 
+    def test_jobs_between_the_ends_are_not_like_the_exceptions_at_an_end(
+        self, session: Session, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for _ in range(4):
+            make_job(attempt=1, paused_at=PAST, available_at=PAST, committed_sequence_number=1, cost=100)
+            make_job(priority=-20, cost=30)
+            make_job(available_at=datetime.now(UTC) + timedelta(hours=1), cost=50)
+        for _ in range(60):
+            make_job(cost=10)
+        exact = job_queues.queue_figures(session)
+        monkeypatch.setattr(job_queues, "MAX_READ", 20)
+        estimated = job_queues.queue_figures(session)
+        assert {group.job: (group.num_jobs, group.cost) for group in estimated[MODEL].waiting} == {
+            group.job: (group.num_jobs, group.cost) for group in exact[MODEL].waiting
+        }
+        assert estimated[MODEL].loads == exact[MODEL].loads
+
+    def test_many_short_queues_are_read_as_a_whole(
+        self, session: Session, make_job: MakeJob, make_tenant: MakeTenant, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for tenant in (make_tenant(), make_tenant()):
+            for number in range(12):
+                make_job(tenant_id=tenant.id, model=f"model-{number % 4}", cost=number)
+        exact = job_queues.queue_figures(session)
+        monkeypatch.setattr(job_queues, "MAX_READ", 6)
+        monkeypatch.setattr(job_queues, "LONG_WAITING_GROUPS", None)
+        assert {model: figures.loads for model, figures in job_queues.queue_figures(session).items()} == {
+            model: figures.loads for model, figures in exact.items()
+        }
+
     @pytest.mark.parametrize(
-        ("nums_queued", "num_ends"), [([1] * 999 + [10**6], 9_500), ([1_000] * 1_000, 10), ([10] * 10**5, 4)]
+        ("lengths", "num_ends"), [([1] * 999 + [10**6], 9_500), ([1_000] * 1_000, 10), ([10] * 10**5, 1)]
     )
-    def test_about_as_many_jobs_are_read_of_many_queues_as_of_one(self, nums_queued: list[int], num_ends: int) -> None:
-        assert job_queues.num_ends(nums_queued) == num_ends
+    def test_about_as_many_jobs_are_read_of_many_queues_as_of_one(self, lengths: list[float], num_ends: int) -> None:
+        assert job_queues.num_ends(lengths) == num_ends
+
+    def test_the_queue_of_a_tenant_that_is_deleted_meanwhile_is_left_out(
+        self, session: Session, make_job: MakeJob, make_tenant: MakeTenant, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_job()
+        deleted = make_tenant()
+        make_job(tenant_id=deleted.id)
+        rows = job_queues.waiting_rows(session)
+        session.execute(delete(Tenant).where(Tenant.id == deleted.id))
+        monkeypatch.setattr(tenant_queues, "waiting_rows", lambda _: rows)
+        assert [queue.tenant_id for queue in tenant_queues.tenant_queues(session, limit=10)] == [DEFAULT_TENANT_ID]
 
 
 class TestKeys:
