@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from domain.jobs import FinishReason, JobStatus, Lane
 from domain.requests import RESULT, JobOutput
-from storage.job_accept import Accepted, AcceptOutcome, NewJob, column_values
+from storage.job_accept import Accepted, AcceptOutcome, NewJob, column_values, document_of
 from storage.job_queries import JobRecord
 from storage.job_statements import CLOCK, FRESH, HAS_ROOM, NEW, NEW_COLUMNS, NEW_VALUES, PAYLOAD, Packed, room
 from storage.tables import Job
@@ -91,7 +91,7 @@ def accept_answered(
         return {}
     values = [column_values(place, job) | {"leader_id": leader} for place, (job, (leader, _)) in enumerate(answered)]
     parameters = {
-        "jobs": orjson.dumps(values).decode(),
+        "jobs": document_of(values),
         "max_queued_jobs": max_queued_jobs,
         "max_poison_jobs_per_hour": max_poison_jobs_per_hour,
     }

@@ -35,6 +35,13 @@ def nobody(session: Session, new_jobs: Sequence["NewJob"]) -> dict[UUID, "Accept
     return {}
 
 
+MAX_DOCUMENT_BYTES = 2**26  # of a group; PostgreSQL takes 2**30, and says that it has no memory for more
+
+
+class CannotSendTogether(Exception):
+    """These jobs are too long for one statement, or one of them cannot be sent."""
+
+
 @dataclass(frozen=True, slots=True)
 class NewJob:
     """A validated request that is to become a job. `request` has all defaults resolved."""
@@ -245,9 +252,20 @@ def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> di
 
 
 def of_new_jobs(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
+    return {"jobs": document_of([column_values(place, job) for place, job in enumerate(new_jobs)])}
+
+
+def document_of(jobs: Sequence[dict[str, Any]]) -> str:
     """All of them as one JSON document: psycopg would look at each item of thirty arrays several times. What is JSON
-    itself is a string in it, since PostgreSQL refuses a U+0000 that it meets while it takes the document apart."""
-    return {"jobs": orjson.dumps([column_values(place, job) for place, job in enumerate(new_jobs)]).decode()}
+    itself is a string in it, since PostgreSQL refuses a U+0000 that it meets while it takes the document apart. Raises
+    CannotSendTogether."""
+    try:
+        document = orjson.dumps(jobs)
+    except TypeError as exc:  # a text that no encoding has
+        raise CannotSendTogether from exc
+    if len(document) > MAX_DOCUMENT_BYTES and len(jobs) > 1:
+        raise CannotSendTogether
+    return document.decode()
 
 
 def column_values(place: int, job: NewJob) -> dict[str, Any]:

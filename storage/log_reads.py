@@ -140,14 +140,16 @@ class LogReads:
                 finally:
                     self._turns.leave(tenant_id)
         finally:
-            del self._to_come[job_id]
+            for read in self._to_come.pop(job_id):  # of a process that stops, or of a bug: nobody waits in vain
+                read.answer.cancel()
 
     async def _answer(self, job_id: UUID, read: _Read) -> None:
         version = self._version_of(job_id)
         try:
             page = LogPage(*await within(READ_SECONDS, self._query(job_id, read.lowest)))
-        except READ_FAILURES as exc:
-            log.warning("streams are waiting for the database: %s", exc.__class__.__name__)
+        except Exception as exc:  # the streams', whatever it is; those that share the next read may fare better
+            if isinstance(exc, READ_FAILURES):
+                log.warning("streams are waiting for the database: %s", exc.__class__.__name__)
             read.answer.set_exception(exc)
             read.answer.exception()  # everybody may have left, and nobody would retrieve it
         except BaseException:

@@ -27,7 +27,7 @@ from settings import Settings
 from storage import answers, job_accept
 from storage.answered_jobs import accept_answered
 from storage.database import OUTAGES, async_session_factory, keep_plans, open_statement_database
-from storage.job_accept import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome, NewJob
+from storage.job_accept import MAX_POISON_JOBS_PER_HOUR, Accepted, AcceptOutcome, CannotSendTogether, NewJob
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ class GroupAcceptor:
         except _UNREACHABLE as exc:
             log.warning("submissions refused: the database is unavailable", extra={"reason": describe_exception(exc)})
             _refuse_all(group, _unconfirmed())
-        except DBAPIError:
+        except (DBAPIError, CannotSendTogether):
             await self._flush_halves(group)
         else:
             for waiting, accepted in zip(group, outcomes, strict=True):
@@ -156,7 +156,7 @@ class GroupAcceptor:
                     waiting.answer.set_result(accepted)
 
     async def _flush_halves(self, group: list[_Waiting]) -> None:
-        """Isolate a job that SQL refuses by bisection, so that it does not fail its group."""
+        """Isolate a job that SQL refuses, or that is too long for others, by bisection: it does not fail its group."""
         if len(group) == 1:
             log.exception("a job was refused by the database", extra={"model": group[0].new_job.request.model})
             _refuse(group[0], RuntimeError("the database refused a validated job"))

@@ -66,7 +66,7 @@ def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     accept = job_accept.accept
 
-    def counted(session: Session, new_jobs: list[NewJob], **bounds: int) -> list[Accepted]:
+    def counted(session: Session, new_jobs: list[NewJob], **bounds: Any) -> list[Accepted]:
         sizes.append(len(new_jobs))
         return accept(session, new_jobs, **bounds)
 
@@ -98,6 +98,22 @@ async def test_long_prompts_are_committed_in_several_groups(
     new_jobs = [make_new_job(prompt_token_ids=[1] * 6) for _ in range(8)]
     await asyncio.gather(*(acceptor.accept(job) for job in new_jobs))
     assert groups == [2] * 4
+
+
+async def test_a_group_that_is_too_long_is_sent_in_parts(
+    acceptor: GroupAcceptor, groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job_accept, "MAX_DOCUMENT_BYTES", 20_000)
+    new_jobs = [make_new_job(endpoint_body=f'"{" " * length}"') for length in (8_000, 8_000, 8_000, 50_000)]
+    accepted = await asyncio.gather(*(acceptor.accept(job) for job in new_jobs))
+    assert {answer.outcome for answer in accepted} == {AcceptOutcome.ACCEPTED}
+    assert len(groups) > 2, "all were sent at once"
+
+
+async def test_a_job_that_cannot_be_written_takes_nobody_with_it(acceptor: GroupAcceptor) -> None:
+    new_jobs = [make_new_job(request_id=request_id) for request_id in ("a", "b", "\ud800", "c")]
+    outcomes = await asyncio.gather(*(acceptor.accept(job) for job in new_jobs), return_exceptions=True)
+    assert [isinstance(outcome, Accepted) for outcome in outcomes] == [True, True, False, True]
 
 
 async def test_each_job_of_a_group_gets_its_own_answer(acceptor: GroupAcceptor) -> None:
