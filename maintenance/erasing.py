@@ -9,7 +9,6 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from maintenance.archive import ArchiveUnavailable, erase_archived
 from storage import erasures
-from storage.database import OUTAGES
 from storage.erasure import Person
 from storage.erasures import Erasure
 
@@ -50,9 +49,7 @@ class Eraser:
             erasure_id = found.id
             try:
                 self._step(session, found)
-            except OUTAGES:
-                raise
-            except Exception as exc:
+            except Exception as exc:  # of the database, too: if it is away, nothing can be noted either
                 session.rollback()
                 is_explained = isinstance(exc, ArchiveUnavailable)
                 log.warning("an erasure is put off", exc_info=not is_explained, extra={"erasure": str(erasure_id)})
@@ -68,11 +65,9 @@ class Eraser:
         session.commit()
         if found.step == "archive":
             num_erased = self._erase_archived(found.tenant_id, found.person)
-            if num_erased is None:
-                erasures.put_off(session, found.id, error=None)
-            else:
+            if num_erased is not None:  # otherwise its time at the archive comes again
                 erasures.end_archive(session, found.id, num_erased)
-            session.commit()
+                session.commit()
 
     def _erase_archived(self, tenant_id: UUID, person: Person) -> int | None:
         """After the jobs in the database, of which none can be archived any more then. What is done twice does no

@@ -2,8 +2,9 @@
 
 Two statements for a whole group: one finds the answers, once for each question; one inserts the jobs with their status,
 chunks, result and place in the ledger. What the caller knows of its job is not read back. No counter changes, since
-such a job neither waits nor runs, and no lock is taken: whatever has an idempotency key, which another transaction may
-be about to use, is accepted to wait instead, and completed by the next statement of its transaction.
+such a job neither waits nor runs, and no lock is taken but those of limits: whatever has an idempotency key, which
+another transaction may be about to use, is accepted to wait instead, and completed by the next statement of its
+transaction.
 
 All functions are synchronous on a `Session` and do not commit.
 """

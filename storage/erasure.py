@@ -68,8 +68,9 @@ def erase_jobs(session: Session, tenant_id: UUID, person: Person, *, after: UUID
 def _batch_of(idempotency_key: str | None) -> UUID | None:
     """The batch whose line has this key: the name of the batch, a space and a number. The keys of retries and of calls
     with several prompts have spaces, too."""
+    name, space, _ = (idempotency_key or "").partition(" ")
     try:
-        return parse_id_of_other((idempotency_key or "").partition(" ")[0], "batch")
+        return parse_id_of_other(name, "batch") if space else None
     except ValueError:
         return None
 

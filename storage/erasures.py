@@ -147,8 +147,8 @@ def take_step(session: Session, found: Erasure, *, has_archive: bool) -> None:
         _begin_next(session, found, has_archive=has_archive)
 
 
-def put_off(session: Session, erasure_id: UUID, *, error: str | None) -> None:
-    """Its step has failed, or cannot be taken now, and is tried again when others have had their turns."""
+def put_off(session: Session, erasure_id: UUID, *, error: str) -> None:
+    """Its step has failed, and is tried again when others have had their turns."""
     found = session.get_one(Erasure, erasure_id, with_for_update=True)
     if not found.is_done:
         found.error = error

@@ -35,7 +35,7 @@ def nobody(session: Session, new_jobs: Sequence["NewJob"]) -> dict[UUID, "Accept
     return {}
 
 
-MAX_DOCUMENT_BYTES = 2**26  # of a group; PostgreSQL takes 2**30, and says that it has no memory for more
+MAX_DOCUMENT_BYTES = 2**28  # of a group; PostgreSQL takes 2**30, and says that it has no memory for more
 
 
 class CannotSendTogether(Exception):
@@ -211,6 +211,9 @@ def _of_limits(outcome: Accepted, refusal: CeleriacError | None, standing: Limit
 def _accept(session: Session, new_jobs: Sequence[NewJob], admitted: Sequence[int], terms: _Terms) -> list[Accepted]:
     """Insert the jobs at the places `admitted`. The outcome of each job; of those that there is no reason to refuse,
     TOO_MANY_QUEUED."""
+    if any(job.is_limited and job.answer_key is not None for job in new_jobs):
+        # An answered job counts for its tenant's limits at once. Ends of jobs do that after they have locked the load.
+        session.execute(sql.LOCK_LOADS, {"tenant_ids": list({job.tenant_id for job in new_jobs})})
     accepted = terms.answer(session, [new_jobs[place] for place in admitted])
     rest = [job for place in admitted if (job := new_jobs[place]).id not in accepted]
     parameters = of_new_jobs(rest) | {

@@ -66,10 +66,11 @@ _READ = """j.id, j.tenant_id, j.model, j.model_revision, j.lane, j.priority, j.n
 
 _HELD = f"j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0"  # as in jobs_held_idx
 
-# Of each tenant's queue for a model, the first and the last :num_ends jobs, and all that may have begun, paused ones
-# among them: there are few. How many are in between is known from tenant_load, or counted if a tenant has several long
-# queues. All these are taken to be like the commonest jobs at the ends, since a queue begins with the jobs that are
-# exceptions or ends with them; only how many of them are batch lines that wait is counted.
+# Of each tenant's queue for a model, the first and the last :num_ends jobs, one of the batch lines that wait, if there
+# are any, and all that may have begun, paused ones among them: there are few. How many are in between is known from
+# tenant_load, or counted if a tenant has several long queues. All these are taken to be like the commonest jobs at the
+# ends, since a queue begins with the jobs that are exceptions or ends with them; only how many of them are batch lines
+# that wait is counted.
 LONG_WAITING_GROUPS = text(f"""
 WITH queues AS MATERIALIZED (
     SELECT * FROM unnest(CAST(:models AS text[]), CAST(:tenant_ids AS uuid[])) AS q(model, tenant_id)
@@ -81,6 +82,9 @@ read AS (
         UNION
         (SELECT {_READ} FROM jobs j WHERE j.status = 'queued' AND j.model = q.model AND j.tenant_id = q.tenant_id
             AND NOT {MAY_HAVE_BEGUN} ORDER BY {RANK} DESC, j.id DESC LIMIT :num_ends)
+        UNION
+        (SELECT {_READ} FROM jobs j WHERE j.status = 'queued' AND {_HELD} AND j.model = q.model
+            AND j.tenant_id = q.tenant_id AND NOT {MAY_HAVE_BEGUN} LIMIT 1)
     ) j
     UNION ALL
     SELECT {_READ}, false FROM jobs j WHERE j.status = 'queued' AND {MAY_HAVE_BEGUN}

@@ -171,6 +171,11 @@ payload AS (
     FROM (SELECT id FROM inserted) i JOIN new USING (id)
 )"""
 
+# In the order in which statements that move jobs lock them.
+LOCK_LOADS = text("""
+SELECT FROM tenant_load WHERE tenant_id = ANY(CAST(:tenant_ids AS uuid[])) ORDER BY tenant_id FOR NO KEY UPDATE
+""")
+
 ACCEPT = text(f"""
 WITH {NEW},
 {room("FOR NO KEY UPDATE OF l")},

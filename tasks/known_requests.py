@@ -57,13 +57,18 @@ class KnownRequests:
 
     def note(self, view: ModelView, asked: Asked, job: NewJob) -> None:
         """Not if the request is long, or if the model's chat template may write the date into its prompt."""
-        if len(job.prompt_token_ids) > MAX_TOKENS or not view.template_ignores("strftime_now"):
-            return
         known = self._by_view.setdefault(view, OrderedDict())
+        if asked in known or not self._is_worth_keeping(view, job):
+            return
         if not known:
             asyncio.get_running_loop().call_later(KEEP_SECONDS, known.clear)
-        if asked not in known and len(job.request.model_dump_json()) <= MAX_BYTES:
-            prepared = PreparedRequest(job.request, list(job.prompt_token_ids), None, job.max_tokens, job.seed)
-            known[asked] = ReadyRequest(prepared, job.fingerprint, job.answer_key)
+        prepared = PreparedRequest(job.request, list(job.prompt_token_ids), None, job.max_tokens, job.seed)
+        known[asked] = ReadyRequest(prepared, job.fingerprint, job.answer_key)
         if len(known) > MAX_REQUESTS:
             known.popitem(last=False)
+
+    @staticmethod
+    def _is_worth_keeping(view: ModelView, job: NewJob) -> bool:
+        if len(job.prompt_token_ids) > MAX_TOKENS or not view.template_ignores("strftime_now"):
+            return False
+        return len(job.request.model_dump_json()) <= MAX_BYTES

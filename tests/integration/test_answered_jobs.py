@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 from sqlalchemy import event, func, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.eta import Eta
@@ -96,6 +97,15 @@ def test_hits_leave_the_counters_alone_and_wait_for_no_lock(session_factory: Ses
     with session_factory() as session:
         load = session.get_one(TenantLoad, leader.tenant_id)
         assert (load.num_queued, load.num_running, load.virtual_time) == before
+
+
+def test_hits_that_limits_count_lock_in_the_order_of_ends(session_factory: Sessions, leader: NewJob) -> None:
+    """First the counters of the tenant, then what its limits have left; or else both could wait for each other."""
+    with session_factory() as other, session_factory() as session:
+        other.scalars(select(TenantLoad).where(TenantLoad.tenant_id == leader.tenant_id).with_for_update()).one()
+        session.execute(text("SET LOCAL lock_timeout = '100ms'"))
+        with pytest.raises(OperationalError, match="lock timeout"):
+            accept(session, again(is_limited=True))
 
 
 def test_only_what_need_not_wait_is_born_completed(session_factory: Sessions, leader: NewJob) -> None:

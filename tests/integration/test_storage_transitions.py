@@ -125,10 +125,13 @@ CONDITIONS: dict[str, tuple[JobStatus, dict[str, object]]] = {
     "cancel asked": (IN_PROGRESS, {"cancel_requested_at": PAST}),
     "not yet available": (QUEUED, {"available_at": datetime.now(UTC) + timedelta(hours=1)}),
     "isolated": (QUEUED, {"lane": "isolated"}),
-    "begun under a revision that is gone": (QUEUED, {"model_revision": "gone", "committed_sequence_number": 1}),
+    "begun under a revision that is gone": (
+        QUEUED,
+        {"attempt": 1, "model_revision": "gone", "committed_sequence_number": 1},
+    ),
     "begun anew": (
         QUEUED,
-        {"model_revision": "gone", "committed_sequence_number": 2, "reset_sequence_number": 2},
+        {"attempt": 1, "model_revision": "gone", "committed_sequence_number": 2, "reset_sequence_number": 2},
     ),
 }
 CONDITIONAL_CHANGES: dict[tuple[str, str], JobStatus] = {

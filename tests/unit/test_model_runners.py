@@ -88,6 +88,7 @@ class TestAModelThatWasGivenUp:
         released: list[UUID] = []
         monkeypatch.setattr(runner._storage_thread, "submit", lambda call, *_: calls.append(call))
         monkeypatch.setattr(runner._storage, "release", released.extend)
+        monkeypatch.setattr(runner._storage, "fail", lambda report: None)
         job, ticket_id = make_claimed(lane=lane), uuid4()
         runner._give_up(CRASHES)
         runner._offers.add(ticket_id)
