@@ -160,7 +160,7 @@ def erase(name: str, metadata: str | None, key_id: str | None, as_json: bool) ->
     Jobs go with their input and output, batches with their files, conversations with their items; usage records stay.
     Batches that run are asked to stop, and maintenance erases them when they have. Files with lines of the user and of
     others are named, to be deleted by hand. Interrupted, it goes on by itself; repeating the command shows how far it
-    is. If maintenance has CELERIAC_ARCHIVE_URL, set it here, too: who takes the last step erases from the archive.
+    is. From an archive, jobs are erased by who has CELERIAC_ARCHIVE_URL: this command, or else maintenance.
 
     \b
     celeriac tenants erase research --metadata user=u-4711

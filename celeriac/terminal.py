@@ -301,7 +301,7 @@ def plain_console(*, stderr: bool = False) -> Console:
 
 def own_command() -> str:
     """How to type this command: by its path, unless a shell finds it by its name."""
-    from local.processes import short_path  # not where only the client is installed
+    from local.processes import short_path  # raises ModuleNotFoundError where only the client is installed
 
     path = Path(sys.executable).parent / "celeriac"
     return "celeriac" if shutil.which("celeriac") == str(path) else short_path(path)
@@ -351,10 +351,16 @@ def _describe(event: StreamEvent) -> str | None:
     return None
 
 
+def _where_keys_come_from() -> str:
+    with suppress(ModuleNotFoundError):  # where only the client is installed, no keys are made
+        return f"$({own_command()} keys create), or the key that you were given"
+    return "the key that you were given"
+
+
 def explain(exc: Exception) -> str | None:
     """The message of an expected error in one line; None if the error is a bug."""
     if isinstance(exc, ApiError) and exc.status_code == UNAUTHORIZED:
-        return f"{exc}: export CELERIAC_API_KEY=$({own_command()} keys create), or the key that you were given"
+        return f"{exc}: export CELERIAC_API_KEY={_where_keys_come_from()}"
     if isinstance(exc, ClientError):
         return str(exc)
     if isinstance(exc, UnicodeEncodeError) and exc.reason == "surrogates not allowed":

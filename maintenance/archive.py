@@ -101,7 +101,8 @@ def _explained(url: str) -> Iterator[None]:
         reason = str(exc).strip().splitlines()[0][:300]
         raise ArchiveUnavailable(
             f"the archive at {url} cannot be used ({reason}); check CELERIAC_ARCHIVE_URL, AWS_ENDPOINT_URL, "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. Jobs that are due are kept until it can"
+            "AWS_ALLOW_HTTP (true for http://), AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY. Jobs that are due are "
+            "kept until it can"
         ) from exc
 
 
@@ -145,10 +146,10 @@ class Archiver:
         groups: dict[tuple[UUID, Any], list[DueJob]] = {}
         for job in due:
             groups.setdefault((job.tenant_id, job.day), []).append(job)
-        for jobs in groups.values():
+        for (tenant_id, _), jobs in groups.items():
             target.write(jobs)
             with self._sessions.begin() as session:
-                archive.delete_archived(session, [job.id for job in jobs])
+                archive.delete_archived(session, tenant_id, [job.id for job in jobs])
         if due:
             log.info("archived jobs", extra={"num_jobs": len(due), "num_objects": len(groups)})
         return len(due)

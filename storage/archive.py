@@ -9,13 +9,13 @@ from uuid import UUID
 
 import orjson
 from psycopg.errors import LockNotAvailable
-from sqlalchemy import Connection, Engine, Text, cast, select, text
+from sqlalchemy import Connection, Engine, Text, cast, func, select, text, update
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from domain.jobs import external_id
 from storage import job_ends as ends
-from storage.tables import Job, JobPayload, JobResult
+from storage.tables import Job, JobPayload, JobResult, Tenant
 
 MAX_READ = 50  # jobs at a time, all of whose texts are in memory
 ARCHIVE_LOCK = 0x0CE1_E41A_AC41  # a key of PostgreSQL's advisory locks
@@ -91,8 +91,11 @@ def _plain(value: Any) -> Any:
     return value.astimezone(UTC).isoformat() if isinstance(value, datetime) else value
 
 
-def delete_archived(session: Session, job_ids: Sequence[UUID]) -> int:
-    """Delete those of the jobs that are still due, with everything that belongs to them."""
+def delete_archived(session: Session, tenant_id: UUID, job_ids: Sequence[UUID]) -> int:
+    """Delete those of the tenant's jobs that are still due, with everything that belongs to them, and note that the
+    archive has jobs of it."""
+    is_first = (Tenant.id == tenant_id) & Tenant.archived_at.is_(None)
+    session.execute(update(Tenant).where(is_first).values(archived_at=func.now()))
     deleted = session.connection().execute(ends.DELETE_DUE, {"ids": list(job_ids)})
     return int(deleted.rowcount)
 

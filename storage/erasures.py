@@ -128,7 +128,8 @@ def take_due(session: Session, erasure_id: UUID | None = None) -> Erasure | None
 
 def take_step(session: Session, found: Erasure, *, has_archive: bool) -> None:
     """Do one step of an erasure that was locked, whose turn comes again after those that are due. Its step must not be
-    `archive`, which is done outside of transactions: see `end_archive`."""
+    `archive`, which is done outside of transactions: see `end_archive`. `has_archive`: this process has one; whether
+    the tenant's jobs were archived is known since they first were, but not of those that an older release archived."""
     found.due_at, found.error = func.now(), None
     done = _STEPS[found.step](session, found.tenant_id, found.person, after=found.after)
     if found.step == "batches":
@@ -178,7 +179,7 @@ def _begin_next(session: Session, found: Erasure, *, has_archive: bool) -> None:
     elif found.num_unfinished_batches:  # whose lines have become more jobs
         found.step = "batches"
         _put_off(found, STOPPING_SECONDS)
-    elif has_archive:
+    elif has_archive or session.get_one(Tenant, found.tenant_id).archived_at is not None:
         found.step = "archive"
         _put_off(found, ARCHIVE_SECONDS)
     else:

@@ -142,6 +142,7 @@ class Tenant(Row):
     retention_seconds: Mapped[int] = mapped_column(server_default="315360000")  # finished jobs are kept no longer
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     disabled_at: Mapped[datetime | None]  # since when none of its keys is valid
+    archived_at: Mapped[datetime | None]  # since when the archive has jobs of it
 
 
 class TenantLoad(Row):

@@ -20,7 +20,7 @@ from maintenance.janitor import Janitor
 from settings import Settings
 from storage import archive
 from storage.erasure import Person
-from storage.tables import DEFAULT_TENANT_ID, Job, JobResult
+from storage.tables import DEFAULT_TENANT_ID, Job, JobResult, Tenant
 from tests.conftest import MakeJob
 from tests.integration.conftest import BUCKET
 from tests.storage_samples import result
@@ -74,6 +74,8 @@ def test_a_job_is_archived_whole_and_then_deleted(
     assert (line["id"], line["status"], line["metadata"]) == (external_id(job.id), "completed", {"user": "ann"})
     assert line["request"]["prompt"] == "Once upon a time"
     assert line["result"] == result(1).model_dump(mode="json")
+    with session_factory() as session:
+        assert session.get_one(Tenant, DEFAULT_TENANT_ID).archived_at is not None
 
 
 def test_whoever_dies_before_it_has_deleted_leaves_the_same_object(

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -251,6 +252,18 @@ def test_an_archive_that_is_away_is_tried_again(
         assert "CELERIAC_ARCHIVE_URL" in (left.error or "")
         assert not left.is_done
     assert Eraser(database, None).take_step() is None, "until it is due"
+
+
+def test_who_has_no_archive_leaves_archived_jobs_to_who_has_it(
+    erase: Erase, session_factory: sessionmaker[Session], make_job: MakeJob
+) -> None:
+    make_job(job_metadata={"user": "alice"})
+    with session_factory.begin() as session:
+        administration.find_tenant(session, "default").archived_at = datetime.now(UTC)
+    for _ in range(2):
+        left = erase("--metadata", "user=alice")
+        assert (left["status"], left["jobs"]) == ("running", 1)
+        assert "CELERIAC_ARCHIVE_URL" in left["error"]
 
 
 @pytest.mark.parametrize(

@@ -82,3 +82,9 @@ def test_its_commands_name_the_api_and_the_remedy(installed: Path) -> None:
         refused = run(installed, CLI, command, "--url", "http://127.0.0.1:9")
         assert refused.returncode == 1
         assert refused.stderr.startswith("Error: no answer from the API at http://127.0.0.1:9: Connection refused")
+
+
+def test_a_refused_key_is_explained(installed: Path) -> None:
+    code = "from celeriac.client.errors import ApiError; from celeriac.terminal import explain; "
+    done = run(installed, code + "print(explain(ApiError(401, {'error': {'message': 'not valid'}})))")
+    assert done.stdout == "not valid [401]: export CELERIAC_API_KEY=the key that you were given\n", done.stderr
