@@ -1,10 +1,11 @@
 """`celeriac bench`: a load test of a running server, as its users would see it."""
 
 import json
+import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,11 @@ SYLLABLES = ("ba", "ce", "di", "fo", "gu", "la", "me", "ni", "po", "ru", "sa", "
 def bench(url: str | None, key: str | None, as_json: bool, is_openai: bool, **options: Any) -> None:
     """Put load on a running server, and tell how it did.
 
-    One request is sent first and not counted, so that a wrong key or model is told at once. Then --concurrency requests
-    are under way at any time. Random prompts all differ, so that no cache makes the figures too good. A refusal (429,
-    503) is counted by its code, and its place rests as long as the server asks, for at most five seconds.
+    One request is sent first and not counted, so that a wrong key or model is told at once; its words are random. Then
+    --concurrency requests are under way at any time. This is a closed loop: a server that stalls is asked less
+    meanwhile, so its p99 looks better than users would find it. Random prompts all differ, so that no cache makes the
+    figures too good. A refusal (429, 503) is counted by its code, and its place rests as long as the server asks, for
+    at most five seconds.
 
     \b
     celeriac bench                                          100 jobs, 8 at once
@@ -66,8 +69,10 @@ def bench(url: str | None, key: str | None, as_json: bool, is_openai: bool, **op
     one's. "per token" is a job's average after its first token; "between pieces" shows stalls, since a piece of text
     may be several tokens. With --poll, the server tells when the first token was there.
 
+    With both --openai and --url, the key is that of --key, or else OPENAI_API_KEY: CELERIAC_API_KEY stays here.
+
     Ctrl-C cancels the jobs that run and shows the figures so far. The exit code is 0 only if jobs were completed and
-    none failed; refusals do not count as failures.
+    none failed; refusals do not count as failures, and all other errors do.
     """
     import asyncio
 
@@ -99,6 +104,26 @@ def requests_of(
     if is_openai:
         found = [_as_chat(request) for request in found]
     return cycle(found)
+
+
+def trial_of(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The same request in other words, so that the server has not seen the real one when it is measured."""
+    trial = dict(request)
+    if isinstance(trial.get("prompt"), str):
+        trial["prompt"] = _other_words(trial["prompt"])
+    if isinstance(trial.get("messages"), list):
+        trial["messages"] = [_in_other_words(message) for message in trial["messages"]]
+    return trial
+
+
+def _in_other_words(message: Any) -> Any:
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        return message
+    return message | {"content": _other_words(message["content"])}
+
+
+def _other_words(text: str) -> str:
+    return random_text(max(1, len(text.split())))
 
 
 def random_text(num_words: int) -> str:
@@ -149,20 +174,22 @@ async def _run(
     as_json: bool,
 ) -> int:
     """Returns the exit code."""
-    from celeriac.figures import drawn, summary
+    from celeriac.figures import drawn
     from celeriac.load import LoadTest
     from celeriac.terminal import LoadPrinter, plain_console
 
     is_streaming = plan.pop("is_streaming")
     where, server = _target(url, key, is_streaming=is_streaming, is_openai=is_openai)
     notes = plain_console(stderr=True)
+    first = next(requests)
+    requests = chain([first], requests)
     try:
-        if not await _try_out(server, next(requests), lambda note: notes.print(note, style="dim", markup=False)):
+        if not await _try_out(server, trial_of(first), lambda note: notes.print(note, style="dim", markup=False)):
             return INTERRUPTED
         with LoadPrinter(notes, num_jobs=plan["num_jobs"], seconds=plan["seconds"]) as printer:
             load = LoadTest(server, requests, on_change=printer.show, **plan)
             await load.run()
-        figures = summary(load.attempts, load.elapsed())
+        figures = load.attempts.summary(load.seconds)
     finally:
         await server.close()
     facts = {"url": where, "protocol": "openai" if is_openai else "jobs", "streaming": is_streaming}
@@ -174,15 +201,19 @@ async def _run(
         out = plain_console()
         out.print(f"{where}: {plan['concurrency']} at once, {kind}, {figures['seconds']:.1f} s", markup=False)
         out.print(drawn(figures))
-    return _exit_code(load, notes.print)
+    return _exit_code(load, server, notes.print)
 
 
 def _target(url: str | None, key: str | None, *, is_streaming: bool, is_openai: bool) -> "tuple[str, Target]":
     from celeriac.load import Celeriac, OpenAiServer
     from celeriac.options import connection
 
-    where, key = connection(url, key)
-    return where, (OpenAiServer if is_openai else Celeriac)(where, key, is_streaming=is_streaming)
+    where, found_key = connection(url, key)
+    if not is_openai:
+        return where, Celeriac(where, found_key, is_streaming=is_streaming)
+    # Another server must not learn the key of this installation.
+    key = key or os.environ.get("OPENAI_API_KEY") if url else found_key or os.environ.get("CELERIAC_API_KEY")
+    return where, OpenAiServer(where, key, is_streaming=is_streaming)
 
 
 async def _try_out(server: "Target", request: Mapping[str, Any], on_note: Callable[[str], None]) -> bool:
@@ -190,23 +221,28 @@ async def _try_out(server: "Target", request: Mapping[str, Any], on_note: Callab
     ClientError if it is refused, and ClickException if its job fails."""
     import asyncio
 
-    from celeriac.load import Attempt
+    from celeriac.figures import Attempt
+    from celeriac.load import leave
 
     attempt = Attempt()
     try:
         await server.run(request, attempt, on_note)
     except asyncio.CancelledError:
-        await server.cancel_open()
+        await leave(server)
+        on_note(f"interrupted: {server.goodbye()}")
         return False
+    except Exception:
+        await leave(server)
+        raise
     if attempt.outcome != "completed":
         raise click.ClickException(f"the first job {attempt.outcome}: {attempt.code}; nothing was measured")
     on_note(f"the first job took {attempt.took:.2f} s, for {attempt.completion_tokens} tokens; it is not counted")
     return True
 
 
-def _exit_code(load: "LoadTest", say: Callable[[str], None]) -> int:
+def _exit_code(load: "LoadTest", server: "Target", say: Callable[[str], None]) -> int:
     if load.was_interrupted:
-        say(f"interrupted: {load.num_cancelled} jobs were cancelled")
+        say(f"interrupted: {server.goodbye()}")
         return INTERRUPTED
-    outcomes = {attempt.outcome for attempt in load.attempts}
+    outcomes = load.attempts.outcomes.keys()
     return 0 if "completed" in outcomes and outcomes <= {"completed", "refused"} else 1

@@ -1,8 +1,10 @@
 """What a load test found: percentiles, counts and rates, for people and for programs."""
 
 import math
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -10,7 +12,29 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
 
-from celeriac.load import Attempt
+
+@dataclass(slots=True)
+class Attempt:
+    """One request and what came of it. Times are seconds since it was sent."""
+
+    outcome: str = "open"  # then completed, failed, cancelled, expired, refused, broken
+    code: str | None = None  # of a refusal, or of what failed
+    was_accepted: bool = False
+    pieces: "array[float]" = field(default_factory=lambda: array("d"))  # when each piece of text came
+    first_token: float | None = None
+    queued: float | None = None  # as the server tells it
+    took: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    is_cached: bool = False
+
+    @property
+    def time_per_token(self) -> float | None:
+        """Between the first and the last piece of text, for each token after the first."""
+        if len(self.pieces) < 2 or self.completion_tokens < 2:
+            return None
+        return (self.pieces[-1] - self.pieces[0]) / (self.completion_tokens - 1)
+
 
 #: The name in JSON, what people read, and the values of one request.
 TIMES: tuple[tuple[str, str, Callable[[Attempt], Iterable[float | None]]], ...] = (
@@ -23,35 +47,84 @@ TIMES: tuple[tuple[str, str, Callable[[Attempt], Iterable[float | None]]], ...] 
 
 PERCENTILES = (50, 90, 99)
 
-
-def summary(attempts: Sequence[Attempt], seconds: float) -> dict[str, Any]:
-    """Times are those of completed jobs."""
-    done = [one for one in attempts if one.outcome == "completed"]
-    num_tokens = sum(one.completion_tokens for one in attempts)
-    figures: dict[str, Any] = {
-        "seconds": round(seconds, 3),
-        "jobs": dict(Counter(one.outcome for one in attempts)),
-        "refusals": dict(Counter(one.code for one in attempts if one.outcome == "refused")),
-        "errors": dict(Counter(one.code for one in attempts if one.outcome in ("failed", "broken"))),
-        "cached": sum(one.is_cached for one in attempts),
-        "prompt_tokens": sum(one.prompt_tokens for one in attempts),
-        "completion_tokens": num_tokens,
-        "jobs_per_second": round(len(done) / seconds, 3) if seconds else 0.0,
-        "tokens_per_second": round(num_tokens / seconds, 1) if seconds else 0.0,
-    }
-    for name, _, values_of in TIMES:
-        figures[name] = spread([value for one in done for value in values_of(one) if value is not None])
-    return figures
+BUCKET_WIDTH = 1.01  # each bucket ends at this many times its beginning
+LEAST_SECONDS = 1e-6  # what is shorter is in the first bucket
 
 
-def spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Percentiles, each a value that was seen; None without values."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    found = {f"p{rank}": ordered[max(0, math.ceil(rank / 100 * len(ordered)) - 1)] for rank in PERCENTILES}
-    found |= {"mean": sum(ordered) / len(ordered), "max": ordered[-1]}
-    return {name: round(value, 6) for name, value in found.items()} | {"number": len(ordered)}
+class ValueSpread:
+    """Counts values in buckets, so that a test of any length takes little memory. Percentiles are right to 1 %."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+        self._sum = 0.0
+        self._least, self._most = math.inf, -math.inf
+
+    def add(self, value: float) -> None:
+        self._counts[math.ceil(math.log(max(value, LEAST_SECONDS), BUCKET_WIDTH))] += 1
+        self._sum += value
+        self._least, self._most = min(self._least, value), max(self._most, value)
+
+    def summary(self) -> dict[str, float] | None:
+        """None without values."""
+        number = self._counts.total()
+        if not number:
+            return None
+        found = {f"p{rank}": self._value_at(math.ceil(rank / 100 * number)) for rank in PERCENTILES}
+        found |= {"mean": self._sum / number, "max": self._most}
+        return {name: round(value, 6) for name, value in found.items()} | {"number": number}
+
+    def _value_at(self, place: int) -> float:
+        """The middle of the bucket that has the value with this place, from 1, in their order."""
+        bucket = -1
+        for bucket in sorted(self._counts):
+            place -= self._counts[bucket]
+            if place <= 0:
+                break
+        middle: float = BUCKET_WIDTH**bucket * 2 / (1 + BUCKET_WIDTH)
+        return min(max(middle, self._least), self._most)
+
+
+class Tally:
+    """Of attempts that have ended; it keeps none of them. Times are those of completed jobs."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self._refusals: Counter[str | None] = Counter()
+        self._errors: Counter[str | None] = Counter()
+        self._num_cached = self._prompt_tokens = self._completion_tokens = 0
+        self._spreads = {name: ValueSpread() for name, _, _ in TIMES}
+
+    def __len__(self) -> int:
+        return self.outcomes.total()
+
+    def add(self, one: Attempt) -> None:
+        self.outcomes[one.outcome] += 1
+        if one.outcome == "refused":
+            self._refusals[one.code] += 1
+        elif one.outcome in ("failed", "broken"):
+            self._errors[one.code] += 1
+        self._num_cached += one.is_cached
+        self._prompt_tokens += one.prompt_tokens
+        self._completion_tokens += one.completion_tokens
+        if one.outcome != "completed":
+            return
+        for name, _, values_of in TIMES:
+            for value in values_of(one):
+                if value is not None:
+                    self._spreads[name].add(value)
+
+    def summary(self, seconds: float) -> dict[str, Any]:
+        return {
+            "seconds": round(seconds, 3),
+            "jobs": dict(self.outcomes),
+            "refusals": dict(self._refusals),
+            "errors": dict(self._errors),
+            "cached": self._num_cached,
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": self._completion_tokens,
+            "jobs_per_second": round(self.outcomes["completed"] / seconds, 3) if seconds else 0.0,
+            "tokens_per_second": round(self._completion_tokens / seconds, 1) if seconds else 0.0,
+        } | {name: spread.summary() for name, spread in self._spreads.items()}
 
 
 def drawn(figures: Mapping[str, Any]) -> RenderableType:

@@ -46,7 +46,7 @@ def submit(prompt: str, mode: str, url: str | None, key: str | None, as_json: bo
     The job runs on its own: Ctrl-C or a lost connection ends the output, not the job. The exit code is 0 only for a
     completed job. With --json, each event is a line; with --wait or --detach, the job is.
     """
-    text = as_utf8(sys.stdin.read() if prompt == "-" else prompt)
+    text = as_utf8(_standard_input() if prompt == "-" else prompt)
     content = as_prompt(text, system=options.pop("system"), complete=options.pop("complete"))
     given = {name: value for name, value in options.items() if value not in (None, ())}
     with open_client(url, key) as client:
@@ -184,6 +184,11 @@ def get_batch(batch_id: str, output: Path, url: str | None, key: str | None, as_
     with open_client(url, key) as client, BatchPrinter() as printer:
         done = client.batch_results(batch_id, output, on_progress=printer.show)
         _finish(printer, done, as_json=as_json)
+
+
+def _standard_input() -> str:
+    """As UTF-8 in every locale; bytes that are none of it become what `as_utf8` refuses."""
+    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape").replace("\r\n", "\n")
 
 
 def as_utf8(text: str) -> str:

@@ -318,6 +318,12 @@ def test_what_a_locale_lacks_does_not_end_a_command(tmp_path: Path) -> None:
         assert (json.loads(told), printed) == ({"text": "Größe 日本"}, "??")
 
 
+def test_standard_input_that_is_not_utf_8_is_explained() -> None:
+    result = CliRunner().invoke(cli.main, ["submit", "-", "--url", "http://127.0.0.1:9"], input=b"Gr\xf6\xdfe")
+    assert result.exit_code == 1
+    assert "the prompt is not UTF-8 (invalid start byte at byte 2)" in result.output
+
+
 def test_an_empty_prompt_is_refused_before_it_travels(run: Any) -> None:
     result = run("submit", "  ")
     assert result.exit_code == 1
