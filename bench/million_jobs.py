@@ -1,10 +1,11 @@
 """Compares each operation on a full database with the same on an empty one: `python -m bench.million_jobs`.
 
-Full are a million queued jobs of a thousand tenants, ten thousand running ones, and a million ended ones of one more
+Full are a million queued jobs of a thousand tenants, a thousand running ones, and a million ended ones of one more
 tenant, with their records in the ledger. Both databases are on one embedded PostgreSQL with fsync on, whose role is a
 plain one, so row-level security is in force. Operations run by turns on both. Prints what each took and the ratio, with
-`--explain` the plans of those with a ratio over 2, then one JSON line. `--jobs 100000` is a tenth of it all; with
-`--tenants 1` all queued jobs are of one tenant; with `--unanalysed` PostgreSQL knows nothing of the full tables.
+`--explain` the plans of those with a ratio over 2, then one JSON line. `--jobs 100000` is a tenth of all but those that
+run; with `--tenants 1` all queued jobs are of one tenant; with `--unanalysed` PostgreSQL knows nothing of the full
+tables.
 """
 
 import argparse
@@ -143,12 +144,12 @@ def open_place(url: str, *, is_full: bool) -> Place:
     return place
 
 
-def fill(url: str, num_jobs: int, num_tenants: int = NUM_TENANTS) -> None:
+def fill(url: str, num_jobs: int, num_running: int, num_tenants: int = NUM_TENANTS) -> None:
     """As a superuser and without triggers: policies and foreign keys would take most of the time."""
     database = open_database(url)
     wanted = [("completed", num_jobs * 99 // 100), ("failed", num_jobs // 100), ("queued", num_jobs)]
     first, request = 0, new_job().request.model_dump_json()
-    for status, count in [*wanted, ("in_progress", max(NUM_TENANTS, num_jobs // 100))]:
+    for status, count in [*wanted, ("in_progress", num_running)]:
         began_at = time.monotonic()
         for start in range(first, first + count, BATCH):
             statement = text(FILL.format(model=MODEL, num_tenants=num_tenants))
@@ -357,6 +358,7 @@ def explain(place: Place, operation: Operation) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=1_000_000)
+    parser.add_argument("--running", type=int, default=1_000, help="jobs that run, all of which each claim looks at")
     parser.add_argument("--tenants", type=int, default=NUM_TENANTS, choices=range(1, NUM_TENANTS + 1), metavar="N")
     parser.add_argument("--unanalysed", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)
@@ -380,7 +382,7 @@ def main() -> None:
                 for statement in PREPARE.strip().split("\n"):
                     connection.execute(text(statement), {"num_tenants": NUM_TENANTS} if ":num" in statement else {})
             places.append(place)
-        fill(server.url_of("is_full"), given.jobs, given.tenants)
+        fill(server.url_of("is_full"), given.jobs, given.running, given.tenants)
         if given.unanalysed:
             forget_statistics(server.url_of("is_full"))
         took = measure(places, given.repeats)
