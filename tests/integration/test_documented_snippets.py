@@ -49,7 +49,7 @@ UNTYPED = {
     "prometheus ": "stays; tests/unit/test_alerts.py reads its configuration",
     "curl -s http://127.0.0.1:9090": "asks the Prometheus of the line before",
     "export PROMETHEUS_URL=": "only sets variables; tests/integration/test_compose.py compares them",
-    "GF_PATHS_PROVISIONING=": "needs Grafana",
+    "grafana server": "needs Grafana",
     ".venv/bin/celeriac up": "tests/integration/test_up.py starts it",
     "celeriac up": "tests/integration/test_up.py starts it",
     ".venv/bin/celeriac worker": "needs as many models as it names; tests/integration/test_several_models.py starts it",
