@@ -30,9 +30,8 @@ RECHECK_SECONDS = 2.0  # between two checks of the keys that have streams open
 
 OPEN_SECONDS = 1.0  # the longest that a request without a key waits for the limits of its tenant
 
-MAX_LOOK_UPS = (
-    2  # at a time, of keys that were valid, and as many of others: who sends keys at random delays only these
-)
+# At a time, of keys that were valid, and as many of others: who sends keys at random delays only these.
+MAX_LOOK_UPS = 2
 
 MAX_REMEMBERED = 10_000  # keys
 

@@ -15,12 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.events import (
-    JobEventStream,
-    choices_of,
-    read_all_chunks,
-    start_of,
-)
+from api.events import JobEventStream, choices_of, read_all_chunks, start_of
 from api.inputs import (
     EventsQuery,
     ListQuery,
@@ -47,9 +42,7 @@ from api.openapi import EVENTS, TEXT, request_body
 from api.request_headers import header_of
 from api.root_path import link
 from api.services import Services, caller_of, private_router, services_of, stream_router
-from api.sse import (
-    EventStream,
-)
+from api.sse import EventStream
 from dialects.bodies import parse_model
 from dialects.native import (
     BODY_SCHEMA,

@@ -35,7 +35,22 @@ UNAUTHORIZED = 401
 REPORT_SECONDS = 0.5  # between two reports on one step of a pull
 
 
-class Board:
+class _Shown:
+    """Its progress is on the screen while it is entered."""
+
+    _progress: Progress
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+
+class Board(_Shown):
     """What is starting and how long it takes: live rows on a terminal, otherwise a line for each part when ready."""
 
     def __init__(self, console: Console) -> None:
@@ -47,15 +62,6 @@ class Board:
         )
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._rows: dict[str, tuple[TaskID, float]] = {}
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def begin(self, title: str) -> None:
         self._rows[title] = (self._progress.add_task(title, total=1), time.monotonic())
@@ -256,7 +262,7 @@ class BatchPrinter:
             sys.exit(1)
 
 
-class LoadPrinter:
+class LoadPrinter(_Shown):
     """The progress of a load test: a bar on a terminal, otherwise nothing."""
 
     def __init__(self, notes: Console, *, num_jobs: int | None, seconds: float | None) -> None:
@@ -264,15 +270,6 @@ class LoadPrinter:
         self._progress = Progress(*columns, TimeElapsedColumn(), console=notes, disable=not notes.is_terminal)
         self._task_id = self._progress.add_task("", total=num_jobs or seconds)
         self._seconds = seconds
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
 
     def show(self, load: "LoadTest") -> None:
         num_ended = len(load.attempts)

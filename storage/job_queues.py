@@ -15,12 +15,12 @@ from sqlalchemy.orm import Session
 from domain.eta import Load
 from domain.jobs import MIN_PRIORITY, Lane, WaitingJob
 from storage.job_ends import MAY_HAVE_BEGUN
-from storage.job_statements import BEGUN, CHARGE, CLOCK, EXCESS, FAIR_TIME, LIFTED, RANK, STANDING, lead
+from storage.job_statements import BEGUN, CHARGE, CLOCK, EXCESS, FAIR_TIME, IS_HELD, LIFTED, RANK, STANDING, lead
 from storage.tables import Job
 
 # The reason why a queued job waits depends on these columns and on the live workers.
 WAITING_JOB = f"""j.lane, CASE WHEN {BEGUN} THEN j.model_revision END AS revision,
-    j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0 AS is_held_line,
+    {IS_HELD} AS is_held_line,
     j.available_at > {CLOCK} AS is_delayed, j.paused_at IS NOT NULL AS is_paused"""
 
 
@@ -64,8 +64,6 @@ _READ = """j.id, j.tenant_id, j.model, j.model_revision, j.lane, j.priority, j.n
             j.paused_at, j.attempt, j.cost, j.num_prompt_tokens, j.num_committed_tokens, j.committed_sequence_number,
             j.reset_sequence_number, j.created_at"""
 
-_HELD = f"j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0"  # as in jobs_held_idx
-
 # Of each tenant's queue for a model, the first and the last :num_ends jobs, one of the batch lines that wait, if there
 # are any, and all that may have begun, paused ones among them: there are few. How many are in between is known from
 # tenant_load, or counted if a tenant has several long queues. All these are taken to be like the commonest jobs at the
@@ -83,7 +81,7 @@ read AS (
         (SELECT {_READ} FROM jobs j WHERE j.status = 'queued' AND j.model = q.model AND j.tenant_id = q.tenant_id
             AND NOT {MAY_HAVE_BEGUN} ORDER BY {RANK} DESC, j.id DESC LIMIT :num_ends)
         UNION
-        (SELECT {_READ} FROM jobs j WHERE j.status = 'queued' AND {_HELD} AND j.model = q.model
+        (SELECT {_READ} FROM jobs j WHERE j.status = 'queued' AND {IS_HELD} AND j.model = q.model
             AND j.tenant_id = q.tenant_id AND NOT {MAY_HAVE_BEGUN} LIMIT 1)
     ) j
     UNION ALL
@@ -110,7 +108,7 @@ divided AS (
     SELECT s.model, s.tenant_id, s.num_between, CASE WHEN s.num_between <= 0 OR s.num_held = 0 THEN 0
         WHEN s.is_all_held THEN s.num_between
         ELSE (SELECT count(*) FROM jobs j
-            WHERE j.status = 'queued' AND {_HELD} AND j.model = s.model AND j.tenant_id = s.tenant_id) - s.num_held
+            WHERE j.status = 'queued' AND {IS_HELD} AND j.model = s.model AND j.tenant_id = s.tenant_id) - s.num_held
         END AS num_held_between
     FROM sized s
 ),

@@ -262,7 +262,9 @@ CLAIMABLE = f"""{RUNNABLE} AND j.lane = :lane AND j.cancel_requested_at IS NULL
     AND (j.priority >= {MIN_PRIORITY} OR j.num_dispatches > 0 OR j.lane = 'isolated')  -- a line once it is let in
     AND j.num_suspicions >= :min_suspicions AND {STANDING} >= :min_standing"""
 
-HELD_LINE = f"{RUNNABLE} AND j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0"
+IS_HELD = f"j.lane = 'standard' AND j.priority < {MIN_PRIORITY} AND j.num_dispatches = 0"  # as in jobs_held_idx
+
+HELD_LINE = f"{RUNNABLE} AND {IS_HELD}"
 
 
 def ranked(condition: str) -> str:

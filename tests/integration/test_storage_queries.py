@@ -195,6 +195,18 @@ class TestQueue:
         }
         assert estimated[MODEL].loads == exact[MODEL].loads
 
+    def test_lines_in_the_middle_of_a_long_queue_are_counted(
+        self, session: Session, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = datetime.now(UTC)
+        for _ in range(20):
+            make_job(available_at=now - timedelta(hours=8))
+            make_job(available_at=now - timedelta(hours=6), priority=-20)
+            make_job(available_at=now)
+        monkeypatch.setattr(job_queues, "MAX_READ", 20)
+        waiting = job_queues.queue_figures(session)[MODEL].waiting
+        assert {group.job.is_held_line: group.num_jobs for group in waiting} == {True: 20, False: 40}
+
     def test_many_short_queues_are_read_as_a_whole(
         self, session: Session, make_job: MakeJob, make_tenant: MakeTenant, monkeypatch: pytest.MonkeyPatch
     ) -> None:
