@@ -3,7 +3,7 @@
 OpenAI routes that have no counterpart here answer 501 with an alternative, and need a key like the others.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import NoReturn
 
@@ -20,6 +20,7 @@ from api import (
     health,
     jobs,
     model_pulls,
+    own_key,
     scores,
     simple,
     stream_tokens,
@@ -35,8 +36,7 @@ from api.openai.files import FORM_BYTES
 from api.pages import add_pages
 from api.root_path import UnderRootPath
 from api.routes import Application
-from api.services import PrivateRoute, open_services
-from domain.access import Scope
+from api.services import AnyKeyRoute, open_services
 from domain.addresses import OriginPolicy, is_loopback
 from domain.catalog import Catalog
 from domain.errors import NotOffered
@@ -58,14 +58,7 @@ INSTEAD_BY_PREFIX = {
 }
 
 
-class NotOfferedRoute(PrivateRoute):
-    """For any key: the answer tells what to use instead."""
-
-    def find_scope(self, methods: Sequence[str], path: str) -> Scope | None:
-        return None
-
-
-not_offered_router = APIRouter(route_class=NotOfferedRoute)
+not_offered_router = APIRouter(route_class=AnyKeyRoute)  # the answer tells what to use instead
 
 
 async def refuse(request: Request) -> NoReturn:
@@ -100,6 +93,7 @@ ROUTERS = (
     admin_keys.router,
     erasures.router,
     model_pulls.router,
+    own_key.router,
 )
 
 

@@ -391,6 +391,13 @@ class PrivateRoute(DirectRoute):
         return scope_of(methods, path)
 
 
+class AnyKeyRoute(PrivateRoute):
+    """For every valid key, whatever its scopes."""
+
+    def find_scope(self, methods: Sequence[str], path: str) -> Scope | None:
+        return None
+
+
 class StreamRoute(PrivateRoute):
     """A private GET route of one job's stream, which `?token=`, a stream token, opens as well. If there is one, it
     decides."""
@@ -419,7 +426,7 @@ async def authenticate(connection: HTTPConnection, credential: Credential, scope
             f"use one made with: celeriac keys create --scope {scope}"
         )
     state.tenant_id, state.key_id = identity.tenant_id, identity.key_id
-    state.is_admin = Scope.ADMIN in identity.scopes
+    state.scopes, state.is_admin = identity.scopes, Scope.ADMIN in identity.scopes
     key_id_context.set(state.key_id)
     is_limited_context.set(identity.limits.is_limited)
     stream_limits_context.set((identity.key_id, identity.limits))

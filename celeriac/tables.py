@@ -48,13 +48,13 @@ def table_of(whole: str, *others: str, folded: str | None = None) -> Table:
 def jobs_table(jobs: Iterable[JobSnapshot]) -> Table:
     table = table_of("job", "status", "model", "tokens", "age", "took")
     for job in jobs:
-        began, ended = job.raw["started_at"], job.raw["finished_at"]
+        began, ended = job.raw.get("started_at"), job.raw.get("finished_at")
         table.add_row(
             job.id,
             f"[{STYLE_BY_STATUS.get(job.status, '')}]{job.status}[/]",
             escape(job.model),
             str(job.usage.get("completion_tokens", "")),
-            age_of(job.raw["created_at"], None),
+            age_of(job.raw.get("created_at"), None),
             age_of(began, ended) if began and ended else "",
         )
     return table
@@ -67,8 +67,8 @@ def dead_letters_table(jobs: Iterable[JobSnapshot]) -> Table:
         table.add_row(
             job.id,
             escape(job.model),
-            str(len(job.raw["attempts"])),
-            f"{age_of(job.raw['finished_at'], None)} ago",
+            str(len(job.raw.get("attempts") or ())),
+            f"{age_of(job.raw.get('finished_at'), None)} ago",
             error.get("code", ""),
             escape(error.get("message", "")),
         )
@@ -170,8 +170,10 @@ def pulls_table(pulls: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
-def age_of(since: str, until: str | None) -> str:
-    """The time from `since` to `until`, or to now if that is None."""
+def age_of(since: str | None, until: str | None) -> str:
+    """The time from `since` to `until`, or to now if that is None. Empty if it never began."""
+    if since is None:
+        return ""
     end = datetime.fromisoformat(until) if until else datetime.now(UTC)
     return duration((end - datetime.fromisoformat(since)).total_seconds())
 

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 UNAUTHORIZED = 401
 REPORT_SECONDS = 0.5  # between two reports on one step of a pull
 
+#: What a terminal would obey instead of showing it, such as the beginning of a colour, as a character to be seen.
+VISIBLE = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
 
 class _Shown:
     """Its progress is on the screen while it is entered."""
@@ -179,7 +182,7 @@ class JobPrinter:
         """Print events up to and including the terminal one, and return that."""
         for event in events:
             if event.name == "output.delta":
-                self._add(event.data["index"], event.data["text"])
+                self._add(event.data.get("index", 0), event.data.get("text", ""))
             elif event.is_terminal:
                 self._finish(event)
                 return event
@@ -193,7 +196,12 @@ class JobPrinter:
         self._first_text_at = self._first_text_at or time.monotonic()
         self._texts[index] = self._texts.get(index, "") + text
         if self._is_live and index == 0:
-            self._out.print(text, end="", markup=False)
+            self._write(text)
+
+    def _write(self, text: str) -> None:
+        """Into a pipe as the model wrote it."""
+        self._out.file.write(text.translate(VISIBLE) if self._out.is_terminal else text)
+        self._out.file.flush()
 
     def _begin_anew(self) -> None:
         has_text = any(self._texts.values())
@@ -204,17 +212,17 @@ class JobPrinter:
 
     def _finish(self, event: StreamEvent) -> None:
         first, *others = (text for _, text in sorted(self._texts.items()))
-        self._out.print("" if self._is_live else first, markup=False)
+        self._write("\n" if self._is_live else f"{first}\n")
         for index, text in enumerate(others, start=1):
-            self._out.print(f"\n[{index}] {text}", markup=False)
-        parts = [f"{event.data['id']}: {event.name.removeprefix('job.')}"]
+            self._write(f"\n[{index}] {text}\n")
+        parts = [f"{event.data.get('id')}: {event.name.removeprefix('job.')}"]
         usage, error = event.data.get("usage") or {}, event.data.get("error")
         if usage:
-            parts.append(f"{usage['completion_tokens']} tokens")
+            parts.append(f"{usage.get('completion_tokens')} tokens")
         if event.data.get("finish_reason"):
             parts.append(event.data["finish_reason"])
         if error:
-            parts.append(f"{error['message']} [{error['code']}]")
+            parts.append(f"{error.get('message')} [{error.get('code')}]")
         parts.append(f"{time.monotonic() - self._begun_at:.2f} s")
         if self._first_text_at is not None:
             parts.append(f"first text after {(self._first_text_at - self._begun_at) * 1000:.0f} ms")

@@ -51,6 +51,12 @@ class TenantBody(TenantChangesBody):
     name: TenantName
 
 
+class OwnKeyView(View):
+    object: Literal["api_key"]
+    id: Annotated[str | None, Field(description="null: no key is required here.")]
+    scopes: list[Scope]
+
+
 class KeyBody(AdminBody):
     """POST /v1/admin/keys."""
 

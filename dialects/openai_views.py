@@ -12,6 +12,7 @@ from uuid import UUID
 from pydantic import ConfigDict, Field, WithJsonSchema, with_config
 from typing_extensions import TypedDict
 
+from domain.catalog import Task
 from domain.jobs import Usage, external_id
 from domain.requests import ResultChoice, TokenLogprob
 from text.outputs import END_THINK, OutputParser
@@ -85,6 +86,7 @@ class ModelCardView(View):
     ]
     unavailable: Annotated[str | None, Field(description="Why the model does not accept jobs; null if it does.")]
     parent: Annotated[str | None, Field(description="The model that a LoRA adapter belongs to; null for a model.")]
+    task: Annotated[Task | None, Field(description="What it is made for; null while unavailable.")]
 
 
 class ModelListView(View):

@@ -340,6 +340,7 @@ def _model_object(services: Services, name: str) -> ModelCardView:
         "load_percent": queue.load_percent if (queue := services.monitor.queues.get(model)) else None,
         "unavailable": reason,
         "parent": None if adapter is None else model,
+        "task": services.catalog.get(model).task if reason is None else None,
     }
 
 

@@ -11,7 +11,7 @@ with Client("http://127.0.0.1:8000") as client:
 """
 
 from celeriac.client.asynchronous import AsyncClient
-from celeriac.client.errors import ApiError, ApiUnreachable, ClientError, JobNotCompleted
+from celeriac.client.errors import ApiError, ApiUnreachable, ClientError, JobNotCompleted, UnexpectedAnswer
 from celeriac.client.sync import Client
 from celeriac.client.views import BatchSnapshot, JobPage, JobSnapshot, QueueUpdate, StreamEvent
 
@@ -27,4 +27,5 @@ __all__ = [
     "JobSnapshot",
     "QueueUpdate",
     "StreamEvent",
+    "UnexpectedAnswer",
 ]

@@ -2,15 +2,27 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self, TypeVar
 
 import httpx
 
-from celeriac.client.errors import ApiUnreachable, ClientError, completed, error_of, not_refused
+from celeriac.client.answers import Unreadable, id_of, rows_of
+from celeriac.client.errors import (
+    ApiError,
+    ApiUnreachable,
+    ClientError,
+    answer_of,
+    body_of,
+    completed,
+    error_of,
+    not_refused,
+    refuse_other_than_events,
+    refuse_redirect,
+)
 from celeriac.client.protocol import (
     BATCH_POLL_SECONDS,
     CONNECT_SECONDS,
@@ -36,6 +48,8 @@ from celeriac.client.protocol import (
     with_bar,
 )
 from celeriac.client.views import BatchSnapshot, JobPage, JobSnapshot, QueueUpdate, StreamEvent
+
+T = TypeVar("T")
 
 
 class AsyncClient:
@@ -83,7 +97,7 @@ class AsyncClient:
         patience = Patience(self._patience_seconds)
         while True:
             try:
-                return JobSnapshot.of(await self._ask("POST", "/v1/jobs", json=body, headers=headers))
+                return await self._ask("POST", "/v1/jobs", JobSnapshot.of, json=body, headers=headers)
             except ApiUnreachable as exc:
                 await asyncio.sleep(patience.delay_after(exc))
 
@@ -93,7 +107,7 @@ class AsyncClient:
         params: dict[str, Any] = {"wait": wait_seconds} if wait_seconds else {}
         params |= {"include": ",".join(include)} if include else {}
         options = {"params": params, "timeout": timeout_of_wait(wait_seconds)}
-        return JobSnapshot.of(await self._ask("GET", f"/v1/jobs/{segment(job_id)}", **options))
+        return await self._ask("GET", f"/v1/jobs/{segment(job_id)}", JobSnapshot.of, **options)
 
     async def wait(
         self,
@@ -138,7 +152,7 @@ class AsyncClient:
                 async with aclosing(self._connect(resumption)) as events:
                     async for event in events:
                         yield event
-            except httpx.HTTPError as exc:
+            except (httpx.HTTPError, Unreadable) as exc:
                 failure = self._unreachable(exc)
                 failure.__cause__ = exc
             except ClientError as exc:
@@ -148,28 +162,28 @@ class AsyncClient:
 
     async def cancel(self, job_id: str) -> JobSnapshot:
         """Ask for the job's end; the text it has produced is kept. A job that has ended is returned unchanged."""
-        return JobSnapshot.of(await self._ask("POST", f"/v1/jobs/{segment(job_id)}/cancel"))
+        return await self._ask("POST", f"/v1/jobs/{segment(job_id)}/cancel", JobSnapshot.of)
 
     async def delete(self, job_id: str) -> None:
         """Erase the job with its input, output and stream. A running job is stopped."""
-        await self._ask("DELETE", f"/v1/jobs/{segment(job_id)}")
+        await self._ask("DELETE", f"/v1/jobs/{segment(job_id)}", dict)
 
     # Many jobs
 
     async def jobs(self, **filters: str | int | None) -> JobPage:
         """A page of jobs without their output, newest first: `status`, `model`, `limit`, `after`, `created_after`."""
         params = {name: value for name, value in filters.items() if value is not None}
-        return JobPage.of(await self._ask("GET", "/v1/jobs", params=params))
+        return await self._ask("GET", "/v1/jobs", JobPage.of, params=params)
 
     async def dead_letters(self, **filters: str | int | None) -> JobPage:
         """A page of failed jobs with their attempts, newest first: `limit`, `after`."""
         params = {name: value for name, value in filters.items() if value is not None}
-        return JobPage.of(await self._ask("GET", "/v1/dead_letters", params=params))
+        return await self._ask("GET", "/v1/dead_letters", JobPage.of, params=params)
 
     async def replay(self, job_id: str, *, allow_poison: bool = False) -> JobSnapshot:
         """Submit the request of a failed job as a new job, which is returned; repeating it returns the same one."""
         body = {"allow_poison": allow_poison}
-        return JobSnapshot.of(await self._ask("POST", f"/v1/dead_letters/{segment(job_id)}/replay", json=body))
+        return await self._ask("POST", f"/v1/dead_letters/{segment(job_id)}/replay", JobSnapshot.of, json=body)
 
     async def map(
         self,
@@ -219,9 +233,9 @@ class AsyncClient:
         with requests.open("rb") as file:
             endpoint = endpoint_of(next(iter(file), b""))
             file.seek(0)
-            uploaded = await self._ask("POST", "/v1/files", timeout=None, **upload(file, requests.name))
-        body = batch_body(uploaded["id"], endpoint, completion_window, start_timeout, run_timeout)
-        batch = BatchSnapshot.of(await self._ask("POST", "/v1/batches", json=body))
+            input_id = await self._ask("POST", "/v1/files", id_of, timeout=None, **upload(file, requests.name))
+        body = batch_body(input_id, endpoint, completion_window, start_timeout, run_timeout)
+        batch = await self._ask("POST", "/v1/batches", BatchSnapshot.of, json=body)
         return await self.batch_results(batch.id, results, on_progress=on_progress)
 
     async def batch_results(
@@ -231,7 +245,7 @@ class AsyncClient:
         patience = Patience(self._patience_seconds)
         while True:
             try:
-                batch = BatchSnapshot.of(await self._ask("GET", f"/v1/batches/{segment(batch_id)}"))
+                batch = await self._ask("GET", f"/v1/batches/{segment(batch_id)}", BatchSnapshot.of)
                 patience.succeeded()
             except ClientError as exc:
                 await asyncio.sleep(patience.delay_after(exc))
@@ -243,38 +257,56 @@ class AsyncClient:
             await asyncio.sleep(BATCH_POLL_SECONDS)
         with results.open("wb") as file:
             for file_id in filter(None, (batch.output_file_id, batch.error_file_id)):
-                async with self._http.stream("GET", f"/v1/files/{segment(file_id)}/content") as response:
-                    if response.is_error:
-                        await response.aread()
-                        raise error_of(response)
-                    async for chunk in response.aiter_bytes():
-                        file.write(chunk)
+                await self._download(file_id, file)
         return batch
+
+    async def _download(self, file_id: str, file: BinaryIO) -> None:
+        """Append it. What a broken connection left is written over."""
+        begin, patience = file.tell(), Patience(self._patience_seconds)
+        while True:
+            file.seek(begin)
+            file.truncate()
+            try:
+                return await self._copy(f"/v1/files/{segment(file_id)}/content", file)
+            except ClientError as exc:
+                await asyncio.sleep(patience.delay_after(exc))
+
+    async def _copy(self, path: str, file: BinaryIO) -> None:
+        try:
+            async with self._http.stream("GET", path) as response:
+                if response.is_error:
+                    await response.aread()
+                    raise error_of(response)
+                refuse_redirect(response)
+                async for chunk in response.aiter_bytes():
+                    file.write(chunk)
+        except (httpx.HTTPError, Unreadable) as exc:
+            raise self._unreachable(exc) from exc
 
     # The installation
 
     async def model_statuses(self) -> list[dict[str, Any]]:
         """Every model with its live workers. Needs an admin key if keys are required."""
-        return list((await self._ask("GET", "/v1/admin/models"))["data"])
+        return await self._ask("GET", "/v1/admin/models", rows_of)
 
     async def model_pulls(self) -> list[dict[str, Any]]:
         """The models that are fetched over HTTP, newest first. Needs an admin key if keys are required."""
-        return list((await self._ask("GET", "/v1/admin/models/pulls"))["data"])
+        return await self._ask("GET", "/v1/admin/models/pulls", rows_of)
 
     async def queues(self) -> list[dict[str, Any]]:
         """The queue of every model: who waits for what, and for how long."""
-        return list((await self._ask("GET", "/v1/queue"))["data"])
+        return await self._ask("GET", "/v1/queue", rows_of)
 
     async def usage(self, **filters: str | None) -> dict[str, Any]:
         """What was used between `start` and `end`, by `group_by`: the body of GET /v1/usage."""
         params = {name: value for name, value in filters.items() if value is not None}
-        return await self._ask("GET", "/v1/usage", params=params)
+        return await self._ask("GET", "/v1/usage", dict, params=params)
 
     async def health(self) -> dict[str, Any]:
         """The body of /health, whatever the status code."""
         try:
-            return dict((await self._http.get("/health", timeout=CONNECT_SECONDS)).json())
-        except (httpx.HTTPError, ValueError) as exc:
+            return dict(body_of(await self._http.get("/health", timeout=CONNECT_SECONDS)))
+        except (httpx.HTTPError, Unreadable) as exc:
             raise self._unreachable(exc) from exc
 
     async def _submit_patiently(self, prompt: Prompt, key: str, fields: dict[str, Any]) -> JobSnapshot:
@@ -293,24 +325,24 @@ class AsyncClient:
             if response.is_error:
                 await response.aread()
                 raise error_of(response)
+            refuse_other_than_events(response)
             self._has_answered = True
             resumption.connected(response.status_code)
             async for line in response.aiter_lines():
                 if event := parser.feed(line):
                     yield resumption.saw(event)
 
-    async def _ask(self, method: str, path: str, **options: Any) -> dict[str, Any]:
+    async def _ask(self, method: str, path: str, view: Callable[[Mapping[str, Any]], T], **options: Any) -> T:
         try:
             response = await self._http.request(method, path, **options)
-        except httpx.HTTPError as exc:
+            answer = answer_of(response, view)
+        except (httpx.HTTPError, Unreadable) as exc:
             raise self._unreachable(exc) from exc
+        except ApiError:
+            self._has_answered = True
+            raise
         self._has_answered = True
-        if response.is_error:
-            raise error_of(response)
-        try:
-            return dict(response.json())
-        except ValueError as exc:
-            raise self._unreachable(exc) from exc
+        return answer
 
     def _unreachable(self, cause: Exception) -> ApiUnreachable:
         return unreachable(self._http.base_url, cause, was_there=self._has_answered)

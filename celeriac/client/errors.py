@@ -1,12 +1,18 @@
 """What the client raises. Every message tells the user what to do."""
 
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import httpx
 
+from celeriac.client.answers import Unreadable, items_of, object_of
 from celeriac.client.views import BatchSnapshot, JobSnapshot
 
 MAX_RETRY_AFTER_SECONDS = 60.0
+NO_CONTENT = 204
+
+T = TypeVar("T")
 
 
 class ClientError(Exception):
@@ -48,11 +54,15 @@ class ApiError(ClientError):
         return self.status_code in (429, 500, 502, 503, 504)
 
 
+class UnexpectedAnswer(ApiUnreachable):
+    """Something answers at the URL, but not as this API does: a proxy's page, or another server."""
+
+
 class JobNotCompleted(ClientError):
     """The job failed, expired or was cancelled. `job.text` is what it had written by then."""
 
     def __init__(self, job: JobSnapshot) -> None:
-        super().__init__(f"{job.id} is {job.status}" + (f": {job.error['message']}" if job.error else ""))
+        super().__init__(f"{job.id} is {job.status}" + (f": {job.error.get('message')}" if job.error else ""))
         self.job = job
 
 
@@ -60,9 +70,41 @@ def error_of(response: httpx.Response) -> ApiError:
     """The error of a response that has been read."""
     try:
         body = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     return ApiError(response.status_code, body, retry_after_seconds=_seconds(response.headers.get("retry-after")))
+
+
+def answer_of(response: httpx.Response, view: Callable[[Mapping[str, Any]], T]) -> T:
+    """What `view` makes of the answer, which has been read. Raises ApiError or Unreadable."""
+    if response.is_error:
+        raise error_of(response)
+    return view(body_of(response))
+
+
+def body_of(response: httpx.Response) -> Mapping[str, Any]:
+    """Its JSON, whatever the status. Raises Unreadable."""
+    refuse_redirect(response)
+    try:
+        body = response.json()
+    except (ValueError, RecursionError) as exc:
+        kind = response.headers.get("content-type", "no type")
+        raise Unreadable(f"answers {response.status_code} with {kind} instead of JSON") from exc
+    return object_of(body)
+
+
+def refuse_redirect(response: httpx.Response) -> None:
+    """They are not followed: the key would go to whoever the other server is. Raises Unreadable."""
+    if response.is_redirect:
+        raise Unreadable(f"redirects to {response.headers['location'][:200]}, which may be the URL to name instead")
+
+
+def refuse_other_than_events(response: httpx.Response) -> None:
+    """Raises Unreadable unless it is a stream of events, or says that there are none (204)."""
+    refuse_redirect(response)
+    kind = response.headers.get("content-type", "no type")
+    if response.status_code != NO_CONTENT and not kind.startswith("text/event-stream"):
+        raise Unreadable(f"answers {response.status_code} with {kind} instead of events")
 
 
 def completed(job: JobSnapshot) -> JobSnapshot:
@@ -75,18 +117,19 @@ def completed(job: JobSnapshot) -> JobSnapshot:
 def not_refused(batch: BatchSnapshot) -> BatchSnapshot:
     """The same batch. Raises ClientError with the first error of its file, if that was refused."""
     if batch.status == "failed":
-        errors = (batch.raw.get("errors") or {}).get("data") or [{}]
-        first = errors[0]
+        errors = batch.raw.get("errors") or {}
+        first = (items_of(errors, "data") or [{}])[0] if "data" in errors else {}
         raise ClientError(f"{batch.id} was refused: line {first.get('line')}: {first.get('message')}")
     return batch
 
 
 def _not_ours(status_code: int) -> str:
-    return f"{status_code}, but not in the way of this API: a proxy or another server answers there; check the URL"
+    return f"{status_code}, but not in the way of this API; a proxy or another server answers there; check the URL"
 
 
 def _seconds(text: str | None) -> float | None:
     try:
-        return min(max(float(text or ""), 0.0), MAX_RETRY_AFTER_SECONDS)
+        seconds = float(text or "")
     except ValueError:
         return None
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), MAX_RETRY_AFTER_SECONDS)

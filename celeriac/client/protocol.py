@@ -13,7 +13,8 @@ from urllib.parse import quote
 
 import httpx
 
-from celeriac.client.errors import ApiError, ApiUnreachable, ClientError
+from celeriac.client.answers import Unreadable, object_of
+from celeriac.client.errors import NO_CONTENT, ApiError, ApiUnreachable, ClientError, UnexpectedAnswer
 from celeriac.client.views import JobSnapshot, QueueUpdate, StreamEvent
 
 CONNECT_SECONDS = 5.0
@@ -24,7 +25,6 @@ POLL_SECONDS = 30  # of a long poll; proxies often cut longer ones
 QUEUE_POLL_SECONDS = 1  # of a long poll that tells the place in the queue
 BATCH_POLL_SECONDS = 1.0
 RETRY_SECONDS = 0.5
-NO_CONTENT = 204
 NUM_PENDING_PER_PLACE = 4  # of a map: results that may be kept while an earlier one is still running
 
 STREAM_TIMEOUT = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
@@ -111,6 +111,9 @@ def timeout_of_wait(seconds: float) -> httpx.Timeout:
 def unreachable(url: httpx.URL, cause: Exception, *, was_there: bool) -> ApiUnreachable:
     """`was_there`: whether this client has had an answer before."""
     name = str(url.copy_with(userinfo=b"")).rstrip("/")  # without credentials
+    if isinstance(cause, Unreadable):
+        reason = f"{name} {cause}; a proxy or another server answers there: check the URL"
+        return UnexpectedAnswer(reason, was_there=was_there)
     return ApiUnreachable(
         f"no answer from the API at {name}: {_reason(cause)}; "
         "start it with `celeriac up` (everything) or `celeriac api`, or name another one with --url",
@@ -231,11 +234,11 @@ class EventParser:
         self._data: list[str] = []
 
     def feed(self, line: str) -> StreamEvent | None:
-        """The event that this line ends; None if it ends none."""
+        """The event that this line ends; None if it ends none. Raises Unreadable."""
         if not line:
             name, event_id, data = self._name, self._id, self._data
             self._name, self._id, self._data = "message", None, []
-            return StreamEvent(name, json.loads("\n".join(data)), event_id) if data else None
+            return StreamEvent(name, _data_of(data), event_id) if data else None
         name, _, value = line.partition(":")
         value = value.removeprefix(" ")
         if name == "event":
@@ -245,6 +248,14 @@ class EventParser:
         elif name == "data":
             self._data.append(value)
         return None
+
+
+def _data_of(lines: Sequence[str]) -> dict[str, Any]:
+    try:
+        data = json.loads("\n".join(lines))
+    except (ValueError, RecursionError) as exc:
+        raise Unreadable("streams an event that is no JSON") from exc
+    return dict(object_of(data, "an event"))
 
 
 def parse_events(lines: Iterable[str]) -> Iterator[StreamEvent]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Self
 
+from celeriac.client.answers import items_of, optional_object, text_of
+
 TERMINAL_STATUSES = frozenset({"completed", "failed", "cancelled", "expired"})
 TERMINAL_EVENTS = frozenset({f"job.{status}" for status in TERMINAL_STATUSES})
 
@@ -27,17 +29,17 @@ class JobSnapshot:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Self:
-        output = raw.get("output") or {}
-        texts = tuple(choice["text"] for choice in output.get("choices", ()))
+        output = optional_object(raw, "output")
+        choices = items_of(output, "choices") if output.get("choices") else []
         return cls(
-            id=raw["id"],
-            status=raw["status"],
-            model=raw["model"],
-            text=output.get("text", ""),
-            texts=texts,
-            usage=raw.get("usage") or {},
-            error=raw.get("error"),
-            metadata=raw.get("metadata") or {},
+            id=text_of(raw, "id"),
+            status=text_of(raw, "status"),
+            model=text_of(raw, "model"),
+            text=text_of(output, "text") if output.get("text") else "",
+            texts=tuple(text_of(choice, "text") for choice in choices),
+            usage=optional_object(raw, "usage"),
+            error=optional_object(raw, "error") or None,
+            metadata=optional_object(raw, "metadata"),
             raw=raw,
         )
 
@@ -67,7 +69,7 @@ class QueueUpdate:
 
     @classmethod
     def of(cls, job: JobSnapshot) -> Self:
-        queue = job.raw.get("queue") or {}
+        queue = optional_object(job.raw, "queue")
         return cls(job.status, queue.get("position"), queue.get("eta_seconds"), queue.get("waiting_for"))
 
 
@@ -86,8 +88,8 @@ class StreamEvent:
     @property
     def text(self) -> str:
         """The new text of the first choice; empty for all other events."""
-        is_delta = self.name == "output.delta" and self.data["index"] == 0
-        return str(self.data["text"]) if is_delta else ""
+        is_delta = self.name == "output.delta" and self.data.get("index") == 0
+        return str(self.data.get("text", "")) if is_delta else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,8 @@ class JobPage:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Self:
-        return cls(tuple(map(JobSnapshot.of, raw["data"])), raw["last_id"] if raw["has_more"] else None)
+        next_page = text_of(raw, "last_id") if raw.get("has_more") else None
+        return cls(tuple(map(JobSnapshot.of, items_of(raw, "data"))), next_page)
 
     def __iter__(self) -> Iterator[JobSnapshot]:
         return iter(self.jobs)
@@ -120,10 +123,10 @@ class BatchSnapshot:
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> Self:
-        counts = raw.get("request_counts") or {}
+        counts = optional_object(raw, "request_counts")
         return cls(
-            id=raw["id"],
-            status=raw["status"],
+            id=text_of(raw, "id"),
+            status=text_of(raw, "status"),
             num_lines=counts.get("total", 0),
             num_completed=counts.get("completed", 0),
             num_failed=counts.get("failed", 0),

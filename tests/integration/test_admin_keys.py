@@ -86,6 +86,13 @@ def test_every_scope_opens_its_own_routes_alone(api: ApiServer, admin: httpx.Cli
         client.close()
 
 
+def test_a_key_is_told_what_it_may_do(api: ApiServer, admin: httpx.Client) -> None:
+    for scopes, held in ((["read"], ["read"]), (["admin", "cancel"], ["admin", "cancel", "metrics"])):
+        made = make_key(admin, scopes=scopes)
+        with api.client(made["key"]) as client:
+            assert client.get("/v1/key").json() == {"object": "api_key", "id": made["id"], "scopes": held}
+
+
 def test_a_tenant_is_made_limited_disabled_and_deleted(api: ApiServer, admin: httpx.Client) -> None:
     made = make_tenant_of(admin, "research", weight=2, limits={"queued_jobs": 1, "tokens_per_day": 500})
     assert (made["weight"], made["limits"]["queued_jobs"], made["limits"]["tokens_per_day"]) == (2, 1, 500)

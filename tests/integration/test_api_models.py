@@ -56,8 +56,13 @@ def test_a_model_that_is_unavailable_says_why_on_every_route(http: httpx.Client)
         assert "not a folder on this machine" in error["message"]
         assert int(answer.headers["retry-after"]) >= 1
     served, bad = http.get("/v1/models").json()["data"]
-    assert (served["id"], served["unavailable"], served["max_model_len"]) == ("fake", None, 64)
-    assert (bad["id"], bad["loaded"], bad["max_model_len"]) == ("bad", False, None)
+    assert (served["id"], served["unavailable"], served["max_model_len"], served["task"]) == (
+        "fake",
+        None,
+        64,
+        "generation",
+    )
+    assert (bad["id"], bad["loaded"], bad["max_model_len"], bad["task"]) == ("bad", False, None, None)
     assert "not a folder on this machine" in bad["unavailable"]
     assert http.get("/v1/models/bad").json()["unavailable"] == bad["unavailable"]
     health = http.get("/health").json()

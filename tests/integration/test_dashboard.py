@@ -12,12 +12,15 @@ from uuid import uuid4
 import httpx
 import playwright.sync_api
 import pytest
+from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.access import Scope
 from domain.jobs import JobError, JobStatus
 from settings import Settings
-from storage import model_pulls, tenants
+from storage import administration, erasures, model_pulls, tenants
+from storage.administration import TenantChanges
+from storage.erasures import Erasure
 from storage.model_pulls import Progress, PullStatus
 from storage.tables import Tenant
 from tests.integration.api_harness import ApiServer, HandWorker, make_chunk, post_job
@@ -237,6 +240,82 @@ class TestKeys:
             page.get_by_role("button", name="Forget key").click()
             field.wait_for()
 
+    def test_a_key_that_only_reads_is_offered_nothing_else(
+        self,
+        page: Any,
+        api: ApiServer,
+        hand_worker: HandWorker,
+        make_tenant: Callable[..., Tenant],
+        session_factory: sessionmaker[Session],
+    ) -> None:
+        with session_factory.begin() as session:
+            tenant = make_tenant().id
+            whole = tenants.create_key(session, tenant)
+            reading = tenants.create_key(session, tenant, scopes=[Scope.READ])
+        with api.client(whole) as client:
+            waiting, failed = post_job(client)["id"], post_job(client)["id"]
+        error = JobError(code="x", message="it broke")
+        hand_worker.finish(hand_worker.claim(failed), status=JobStatus.FAILED, error=error)
+        for key, is_offered in ((reading, False), (whole, True)):
+            page.get_by_label("API key").fill(key)
+            page.get_by_role("button", name="Enter").click()
+            for view, sign, offers in (
+                (f"jobs/{waiting}", "Accepted", ("button:text-is('Cancel')",)),
+                (f"jobs/{failed}", "Failed", ("button:text-is('Retry')", "button:text-is('Delete')")),
+                ("jobs", "it broke", ("input[type=checkbox]", ".bulk")),
+                ("dead-letters", "it broke", ("button:text-is('Replay')",)),
+                ("batches", "No batches yet", ("h2:text-is('New batch')",)),
+                ("playground", "Nothing asked yet", ("button:text-is('Run'):enabled",)),
+            ):
+                page.goto(f"{api.url}/#/{view}")
+                shows(page, sign)
+                for offer in offers:
+                    assert (page.locator(offer).count() > 0) is is_offered, (view, offer)
+            page.get_by_role("button", name="Forget key").click()
+
+    def test_an_admin_has_a_user_erased(
+        self, page: Any, api: ApiServer, session_factory: sessionmaker[Session], make_key: Callable[..., str]
+    ) -> None:
+        page.get_by_label("API key").fill(make_key(scopes=list(Scope)))
+        page.get_by_role("button", name="Enter").click()
+        page.get_by_role("link", name="Access", exact=True).click()
+        page.get_by_role("button", name="Erase a user").first.click()
+        inset = page.locator(".inset")
+        erase = inset.get_by_role("button", name="Erase", exact=True)
+        assert erase.is_disabled()
+        field(inset, "Metadata name").fill("user")
+        field(inset, "Metadata value").fill("u-1")
+        erase.click()
+        inset.get_by_role("group").get_by_role("button", name="Erase", exact=True).click()
+        row = inset.locator("tbody tr")
+        shows(row, "erasing batches")
+        shows(row, "0 jobs, 0 batches, 0 conversations")
+        assert not serious(page)
+        with session_factory.begin() as session:
+            [erasure] = session.scalars(select(Erasure))
+            erasures.put_off(session, erasure.id, error="the archive is full")
+        shows(row, "the archive is full")
+        assert "u-1" not in row.inner_text()
+
+    def test_one_of_many_tenants_is_found(
+        self, page: Any, api: ApiServer, session_factory: sessionmaker[Session], make_key: Callable[..., str]
+    ) -> None:
+        with session_factory.begin() as session:
+            for number in range(60):
+                administration.create_tenant(session, f"tenant-{number:02}", TenantChanges(), actor="test")
+        page.get_by_label("API key").fill(make_key(scopes=list(Scope)))
+        page.get_by_role("button", name="Enter").click()
+        page.get_by_role("link", name="Access", exact=True).click()
+        page.get_by_role("link", name="Next").click()
+        shows(page, "tenant-59")
+        field(page, "Only the tenant").fill("tenant-07")
+        page.keyboard.press("Enter")
+        page.get_by_role("heading", name="Keys of tenant-07").wait_for()
+        page.get_by_role("button", name="Create key").click()
+        shows(page, "This is the only time that it is shown.")
+        page.goto(f"{api.url}/#/access?tenant=nobody")
+        shows(page, "nobody")
+
     def test_an_admin_unloads_a_model(self, page: Any, http: httpx.Client, make_key: Callable[..., str]) -> None:
         page.get_by_label("API key").fill(make_key(scopes=list(Scope)))
         page.get_by_role("button", name="Enter").click()
@@ -356,6 +435,36 @@ def test_without_a_database_it_says_so_and_shows_no_zeros(chromium: Any, redis_u
         page.goto(f"{api.url}/#/models")
         page.get_by_role("heading", name="Served here").wait_for()
         assert not serious(page)
+
+
+def test_a_server_that_was_away_is_back_without_a_reload(page: Any, http: httpx.Client) -> None:
+    shows(page, "No job of yours is running")
+    page.route("**/*", lambda route: route.abort())
+    shows(page, "no answer")
+    shows(page, "The server does not answer.")
+    page.unroute("**/*")
+    page.get_by_text("The server does not answer.").first.wait_for(state="detached")
+    page.route(re.compile("/(v1|health)"), lambda route: route.abort())
+    page.reload()
+    page.get_by_role("button", name="Try again").wait_for()
+    page.unroute(re.compile("/(v1|health)"))
+    shows(page, "No job of yours is running")
+
+
+def test_a_long_request_is_asked_for_once_and_shown_when_asked(
+    page: Any, api: ApiServer, http: httpx.Client, hand_worker: HandWorker
+) -> None:
+    job_id = post_job(http, model="large", prompt=f"{'long ' * 6_000}end")["id"]
+    page.goto(f"{api.url}/#/jobs/{job_id}")
+    prompt = page.get_by_role("region", name="Prompt")
+    prompt.wait_for()
+    assert len(prompt.inner_text()) < 21_000
+    prompt.get_by_role("button", name="Show all 30,003 characters").click()
+    assert prompt.inner_text().endswith("end")
+    with page.expect_request(f"**/v1/jobs/{job_id}?include=attempts"):
+        hand_worker.say(hand_worker.claim(job_id), "Hi")
+    shows(page, "Claimed")
+    assert prompt.inner_text().endswith("end")
 
 
 def test_nothing_is_asked_for_while_the_tab_is_hidden(chromium: Any, api: ApiServer, http: httpx.Client) -> None:

@@ -15,6 +15,7 @@ import click
 import pytest
 from click.testing import CliRunner
 from pydantic import ValidationError
+from rich.console import Console
 
 from celeriac import cli, jobs, tables, terminal
 from celeriac.access_options import LimitType
@@ -361,6 +362,19 @@ def test_events_are_read_whatever_their_lines_look_like() -> None:
         ("output.delta", {"text": "a: b"}, "7"),
         ("message", {"x": 1}, None),
     ]
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+@pytest.mark.parametrize("is_live", [True, False])
+def test_a_terminal_does_not_obey_a_model_and_a_pipe_gets_its_text_as_it_is(is_terminal: bool, is_live: bool) -> None:
+    said = "a\x1b[31m\tb\r\nc\x07\x9b2J"
+    lines = ["event: output.delta", f"data: {json.dumps({'index': 0, 'text': said})}", "", "event: job.completed"]
+    printed = io.StringIO()
+    out = Console(file=printed, force_terminal=is_terminal, soft_wrap=True)
+    printer = terminal.JobPrinter(out, Console(file=io.StringIO()), is_live=is_live)
+    printer.print_all(parse_events([*lines, "data: {}", ""]))
+    shown = "a\ufffd[31m\tb\ufffd\nc\ufffd\ufffd2J"
+    assert printed.getvalue() == (shown if is_terminal else said) + "\n"
 
 
 EMPTY_USAGE = {"data": [], "total": {"num_jobs": 0, "cost": None}, "currency": "USD"}

@@ -32,7 +32,7 @@ def test_a_submit_is_repeated_until_patience_ends(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(time, "sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     with Client(URL, patience_seconds=5) as client:
         paths = goes_away(client, num_answers=1)
-        client._ask("GET", "/v1/models")
+        client.queues()
         with pytest.raises(ApiUnreachable):
             client.submit("Once")
     assert len(paths) > 3
@@ -45,6 +45,6 @@ def test_a_task_never_waits_in_its_slot_for_an_api_that_went_away(monkeypatch: p
     monkeypatch.setenv("CELERIAC_API_URL", URL)
     with celery_tasks.client_of(celery_tasks.generate.app) as client:
         goes_away(client, num_answers=1)
-        client._ask("GET", "/v1/models")
+        client.queues()
         with pytest.raises(ApiUnreachable):
             client.submit("Once")

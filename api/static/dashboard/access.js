@@ -2,8 +2,9 @@
 
 import { get, post, remove } from "./api.js";
 import { compact, moment, shortened } from "./format.js";
-import { usePolled } from "./hooks.js";
+import { link, usePolled, visit } from "./hooks.js";
 import { html, useRef, useState } from "./html.js";
+import { Erasures } from "./erasures.js";
 import { Card, Chip, Code, Confirmed, Empty, Field, Polled, Problem, Status, Time, useAction } from "./parts.js";
 
 const LIMITS = ["requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month", "queued_jobs", "unfinished_jobs", "queued_tokens", "streams"];
@@ -45,6 +46,7 @@ function ChangeLimits({ path, limits, reload }) {
 
 function Tenant({ tenant, reload }) {
   const [act, error] = useAction();
+  const [isErasing, showErasing] = useState(false);
   const path = `v1/admin/tenants/${encodeURIComponent(tenant.name)}`;
   const turn = (enabled) => act(() => post(path, { enabled })).then(reload);
   return html`
@@ -53,10 +55,13 @@ function Tenant({ tenant, reload }) {
         <b>${tenant.name}</b><${Status} of=${tenant.enabled ? "ok" : "unhealthy"}>${tenant.enabled ? "enabled" : "disabled"}<//>
         <span class="soft">weight ${tenant.weight}${tenant.max_priority ? `, priority up to ${tenant.max_priority}` : ""}</span>
         <span class="actions end">
+          <a href=${link("access", { tenant: tenant.name })}>Its keys</a>
+          <button type="button" class="quiet" aria-expanded=${isErasing ? "true" : "false"} onClick=${() => showErasing(!isErasing)}>Erase a user</button>
           ${tenant.enabled ? html`<${Confirmed} label="Disable" question="Refuse all of its keys?" onConfirm=${() => turn(false)} />` : html`<button type="button" onClick=${() => turn(true)}>Enable</button>`}
         </span>
       </header>
       <div class="limits"><span class="soft">Limits:</span> <${Limits} limits=${tenant.limits} /><${ChangeLimits} path=${path} limits=${tenant.limits} reload=${reload} /></div>
+      ${isErasing && html`<${Erasures} tenant=${tenant.name} />`}
       ${error && html`<${Problem} error=${error} />`}
     </li>
   `;
@@ -82,7 +87,13 @@ function NewTenant({ reload }) {
 
 const Shown = ({ secret }) => html`<div role="status"><p>This is the only time that it is shown. Keep it in a safe place.</p><${Code} text=${secret} label="The new key" /></div>`;
 
-function NewKey({ tenants, reload }) {
+// One of the tenants that are known here, or any other by its name.
+function TenantField({ tenants, areAll, chosen }) {
+  if (areAll) return html`<select name="tenant" defaultValue=${chosen}>${tenants.map(({ name }) => html`<option key=${name} selected=${name === chosen}>${name}</option>`)}</select>`;
+  return html`<input name="tenant" list="known-tenants" required maxlength="64" defaultValue=${chosen ?? ""} autocomplete="off" spellcheck="false" /><datalist id="known-tenants">${tenants.map(({ name }) => html`<option key=${name} value=${name}></option>`)}</datalist>`;
+}
+
+function NewKey({ tenants, areAll, chosen, reload }) {
   const [act, error, isBusy] = useAction();
   const [secret, setSecret] = useState("");
   const form = useRef(null);
@@ -96,7 +107,7 @@ function NewKey({ tenants, reload }) {
   return html`
     <form ref=${form} onSubmit=${onSubmit}>
       <div class="grid four">
-        <${Field} label="Tenant"><select name="tenant">${tenants.map(({ name }) => html`<option key=${name}>${name}</option>`)}</select><//>
+        <${Field} label="Tenant"><${TenantField} key=${chosen} tenants=${tenants} areAll=${areAll} chosen=${chosen} /><//>
         <${Field} label="Name"><input name="name" maxlength="256" autocomplete="off" placeholder="what it is for" /><//>
         <${Field} label="Valid for days"><input name="days" type="number" min="1" max="3650" step="1" placeholder="no end" /><//>
         <fieldset><legend>Scopes</legend>${SCOPES.map((scope) => html`<label key=${scope}><input type="checkbox" name=${scope} defaultChecked=${OWN_SCOPES.includes(scope)} /> ${scope}</label>`)}</fieldset>
@@ -141,15 +152,40 @@ const Audit = ({ entries }) => html`
   </table></div>
 `;
 
-export function Access() {
-  const tenants = usePolled((signal) => get("v1/admin/tenants", { limit: 100 }, signal), 15, []);
-  const keys = usePolled((signal) => get("v1/admin/keys", { limit: 100 }, signal), 15, []);
+const PAGE = 50;
+
+// All tenants by name, or the one that the address names.
+async function askForTenants({ tenant, after }, signal) {
+  if (!tenant) return get("v1/admin/tenants", { limit: PAGE, after }, signal);
+  return { data: [await get(`v1/admin/tenants/${encodeURIComponent(tenant)}`, {}, signal)], has_more: false };
+}
+
+function Find({ tenant }) {
+  const onSubmit = (event) => {
+    event.preventDefault();
+    visit("access", { tenant: event.target.elements.tenant.value.trim() });
+  };
+  return html`<form class="filters choices" role="search" onSubmit=${onSubmit}>
+    <${Field} label="Only the tenant"><input key=${tenant} type="search" name="tenant" defaultValue=${tenant ?? ""} maxlength="64" autocomplete="off" spellcheck="false" placeholder="its whole name" onSearch=${({ target }) => target.value === "" && visit("access")} /><//>
+    <button>Find</button>
+  </form>`;
+}
+
+const Pages = ({ after, names, next }) => html`<nav class="pages" aria-label="Pages of tenants">${after && html`<a href=${link("access")}>First</a>`}${next && html`<a href=${link("access", { after: names[names.length - 1] })}>Next</a>`}</nav>`;
+
+export function Access({ address }) {
+  const [tenant, after] = ["tenant", "after"].map((name) => address.query.get(name));
+  const tenants = usePolled((signal) => askForTenants({ tenant, after }, signal), 15, [tenant, after]);
+  const keys = usePolled((signal) => get("v1/admin/keys", { limit: 100, tenant }, signal), 15, [tenant]);
   const audit = usePolled((signal) => get("v1/admin/audit", { limit: 20 }, signal), 15, []);
   const reload = () => [tenants, keys, audit].forEach((state) => state.reload());
+  const known = tenants.data?.data ?? [];
+  const areAll = !after && Boolean(tenants.data) && !tenants.data.has_more;
   return html`
     <h1>Access</h1>
-    <${Card} title="Tenants"><${Polled} state=${tenants}>${({ data, has_more }) => html`<${NewTenant} reload=${reload} /><ul class="batches">${data.map((tenant) => html`<${Tenant} key=${tenant.id} tenant=${tenant} reload=${reload} />`)}</ul>${has_more && html`<p class="soft">The first hundred. All of them: celeriac tenants list</p>`}`}<//><//>
-    <${Card} title="Keys"><${Polled} state=${keys}>${({ data, has_more }) => html`<${NewKey} tenants=${tenants.data?.data ?? []} reload=${reload} />${data.length === 0 ? html`<${Empty} title="No keys yet">Without keys, the API serves only the machine that it runs on.<//>` : html`<ul class="batches">${data.map((one) => html`<${Key} key=${one.id} apiKey=${one} reload=${reload} />`)}</ul>`}${has_more && html`<p class="soft">The newest hundred. All of them: celeriac keys list --all</p>`}`}<//><//>
+    ${(tenant || !areAll) && html`<${Find} tenant=${tenant} />`}
+    <${Card} title="Tenants"><${Polled} state=${tenants}>${({ data, has_more }) => html`${!tenant && html`<${NewTenant} reload=${reload} />`}<ul class="batches">${data.map((one) => html`<${Tenant} key=${one.id} tenant=${one} reload=${reload} />`)}</ul><${Pages} after=${after ?? tenant} names=${data.map(({ name }) => name)} next=${has_more} />`}<//><//>
+    <${Card} title=${tenant ? `Keys of ${tenant}` : "Keys"}><${Polled} state=${keys}>${({ data, has_more }) => html`<${NewKey} tenants=${known} areAll=${areAll} chosen=${tenant} reload=${reload} />${data.length === 0 ? html`<${Empty} title="No keys yet">${tenant ? "The form above makes one." : "Without keys, the API serves only the machine that it runs on."}<//>` : html`<ul class="batches">${data.map((one) => html`<${Key} key=${one.id} apiKey=${one} reload=${reload} />`)}</ul>`}${has_more && html`<p class="soft">The newest hundred${tenant ? "" : "; those of one tenant are shown by its name"}. All of them: celeriac keys list --all</p>`}`}<//><//>
     <${Card} title="Changes"><${Polled} state=${audit}>${({ data }) => (data.length === 0 ? html`<${Empty} title="Nothing has been changed yet" />` : html`<${Audit} entries=${data} />`)}<//><//>
   `;
 }

@@ -9,6 +9,13 @@ const listeners = new Set();
 // A header can carry no other characters; a copied key may have typographic ones or a line break within it.
 export const isPossibleKey = (key) => /^[\x21-\x7e]+$/.test(key);
 
+// What the key may do, by the API's scopes: what it would be refused is not offered.
+let scopes = new Set();
+export const may = (scope) => scopes.has(scope);
+export const setScopes = (held) => {
+  scopes = new Set(held);
+};
+
 export const readKey = () => sessionStorage.getItem(KEY) ?? "";
 
 export function enterKey(key) {

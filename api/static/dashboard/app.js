@@ -1,6 +1,6 @@
 // The dashboard: who looks at it, the frame around the views, and which view the address asks for.
 
-import { enterKey, get, isPossibleKey, onKeyChange, readKey } from "./api.js";
+import { enterKey, get, isPossibleKey, may, onKeyChange, readKey, setScopes } from "./api.js";
 import { link, useAddress } from "./hooks.js";
 import { html, render, useEffect, useRef, useState } from "./html.js";
 import { useLive } from "./live.js";
@@ -26,38 +26,44 @@ const VIEWS = [
   { path: "access", title: "Access", view: Access, isForAdmins: true },
 ];
 
-// {isIn, isAdmin, error}: whether the API answers this page, with the key if it wants one. null while it is asked.
+const AGAIN_SECONDS = 3;
+const OWN_SCOPES = ["submit", "read", "cancel"];
+
+// {isIn, isAway, isUnsure, isAdmin, error}: whether the API answers this page, with the key if it wants one. While the
+// database does not answer, it cannot say what a key may do.
 async function recognise() {
   try {
-    await get("v1/jobs", { limit: 1 });
+    setScopes((await get("v1/key")).scopes);
   } catch (error) {
     if (error.status === 401) return { isIn: false, error: readKey() ? error : null };
     if (!error.status) return { isIn: false, isAway: true, error };
-    if (error.status !== 403) return { isIn: true, isAdmin: false };
+    setScopes(OWN_SCOPES);
+    return { isIn: true, isUnsure: true, isAdmin: false };
   }
-  const isAdmin = await get("v1/admin/models").then(
-    () => true,
-    () => false,
-  );
-  return { isIn: true, isAdmin };
+  return { isIn: true, isAdmin: may("admin") };
 }
 
 function useIdentity() {
   const [identity, setIdentity] = useState(null);
   useEffect(() => {
     let asking = null;
+    let timer = 0;
     const ask = async () => {
+      clearTimeout(timer);
       const own = (asking = {});
       const found = await recognise();
       if (own !== asking) return;
       asking = null;
-      setIdentity((earlier) => (earlier?.isIn && found.isAway ? earlier : found));
+      setIdentity((earlier) => (earlier?.isIn && (found.isAway || found.isUnsure) ? earlier : found));
+      if (found.isAway || found.isUnsure) timer = setTimeout(askIfSeen, AGAIN_SECONDS * 1000);
     };
+    const askIfSeen = () => (document.hidden ? (timer = setTimeout(askIfSeen, AGAIN_SECONDS * 1000)) : ask());
     ask();
     // A refusal of what `recognise` itself asks is its answer, and no reason to ask again.
     const stop = onKeyChange(({ isRefused }) => (isRefused && asking) || ask());
     return () => {
       asking = {};
+      clearTimeout(timer);
       stop();
     };
   }, []);
@@ -154,7 +160,7 @@ function App() {
   if (!identity) return html`<main class="gate"><${Loading} /></main>`;
   if (identity.isAway) return html`<main class="gate"><h1>Celeriac</h1><${Problem} error=${identity.error} onRetry=${() => location.reload()} />${readKey() && html`<${ForgetButton} />`}</main>`;
   if (!identity.isIn) return html`<${KeyForm} error=${identity.error} />`;
-  return html`<${Dashboard} key=${readKey()} identity=${identity} />`;
+  return html`<${Dashboard} key=${`${readKey()} ${identity.isAdmin}`} identity=${identity} />`;
 }
 
 render(html`<${App} />`, document.getElementById("app"));

@@ -1,6 +1,6 @@
 // Batches with their progress, their answers to download, and one made from a file.
 
-import { get, post, send } from "./api.js";
+import { get, may, post, send } from "./api.js";
 import { count, duration, percent, plural, secondsSince, toDate } from "./format.js";
 import { link, useClock, usePolled } from "./hooks.js";
 import { html, useRef } from "./html.js";
@@ -67,7 +67,7 @@ function Batch({ batch, reload }) {
         <span class="actions">
           ${batch.output_file_id && completed > 0 && html`<button type="button" onClick=${() => act(() => download(batch.output_file_id, `${batch.id}_output.jsonl`))}>Answers</button>`}
           ${batch.error_file_id && failed > 0 && html`<button type="button" onClick=${() => act(() => download(batch.error_file_id, `${batch.id}_errors.jsonl`))}>Errors</button>`}
-          ${!isOver && batch.status !== "cancelling" && html`<${Confirmed} label="Cancel" question="Cancel the rest?" onConfirm=${() => act(() => post(`v1/batches/${batch.id}/cancel`)).then(reload)} />`}
+          ${!isOver && may("cancel") && batch.status !== "cancelling" && html`<${Confirmed} label="Cancel" question="Cancel the rest?" onConfirm=${() => act(() => post(`v1/batches/${batch.id}/cancel`)).then(reload)} />`}
         </span>
       </footer>
       ${batch.errors?.data.slice(0, 5).map((one, index) => html`<${Problem} key=${index} error=${{ message: `${one.line ? `line ${one.line}: ` : ""}${one.message}`, param: one.param }} />`)}
@@ -91,7 +91,7 @@ export function Batches({ address }) {
   useClock(5);
   return html`
     <h1>Batches</h1>
-    <${NewBatch} onMade=${state.reload} />
+    ${may("submit") && html`<${NewBatch} onMade=${state.reload} />`}
     <${Card}><${Polled} state=${state}>${({ data, has_more }) => html`
       ${data.length === 0 ? html`<${Teach} />` : html`<ul class="batches">${data.map((batch) => html`<${Batch} key=${batch.id} batch=${batch} reload=${state.reload} />`)}</ul>`}
       <nav class="pages" aria-label="Pages">${after && html`<a href=${link("batches")}>Newest</a>`}${has_more && html`<a href=${link("batches", { after: data[data.length - 1].id })}>Older</a>`}</nav>`}<//><//>

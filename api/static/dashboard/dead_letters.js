@@ -1,6 +1,6 @@
 // Failed jobs with what each attempt came to. Each can be run again from the start.
 
-import { get, post } from "./api.js";
+import { get, may, post } from "./api.js";
 import { duration, plural, secondsBetween } from "./format.js";
 import { link, usePolled, visit } from "./hooks.js";
 import { html } from "./html.js";
@@ -30,11 +30,11 @@ function Letter({ job }) {
       <header><${JobLink} id=${job.id} /><span>${job.model}</span>${job.error && html`<${Chip} tone="bad">${job.error.code}<//>`}<span class="soft end"><${Time} at=${job.finished_at} /></span></header>
       <p>${job.error?.message}</p>
       <${Attempts} attempts=${job.attempts ?? []} />
-      <div class="actions">
+      ${may("submit") && html`<div class="actions">
         ${isPoison
           ? html`<${Confirmed} label="Replay alone" question="It has crashed an engine. Run it once more, alone?" onConfirm=${() => replay({ allow_poison: true })} />`
           : html`<button type="button" disabled=${isBusy} onClick=${() => replay({})}>Replay</button>`}
-      </div>
+      </div>`}
       ${error && html`<${Problem} error=${error} />`}
     </li>
   `;

@@ -85,5 +85,9 @@ export function jobIdOf(text) {
   return match ? `job_${match[1].toUpperCase()}` : null;
 }
 
+// The first or last characters of a text, at most `length`. An emoji is two of them, and is not cut in halves.
+export const beginning = (text, length) => text.slice(0, length).replace(/[\ud800-\udbff]$/, "");
+export const ending = (text, length) => text.slice(-length).replace(/^[\udc00-\udfff]/, "");
+
 // So that one long value does not push all else out of a table.
-export const shortened = (text, length = 40) => (text.length > length ? `${text.slice(0, length - 1)}…` : text);
+export const shortened = (text, length = 40) => (text.length > length ? `${beginning(text, length - 1)}…` : text);

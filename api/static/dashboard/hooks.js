@@ -2,7 +2,10 @@
 
 import { useCallback, useEffect, useRef, useState } from "./html.js";
 
+const MAX_PAUSE_SECONDS = 10; // after failures: whoever looks wants to see that it is back
+
 // Calls `ask(signal)` at once and then `seconds` after each answer, while the tab is visible. `inputs` start it anew.
+// `seconds` may be a function of the data; 0: it is not asked for again.
 // Returns {data, error, reload}; data stays when an answer fails, so that a page does not lose what it shows.
 export function usePolled(ask, seconds, inputs) {
   const [state, setState] = useState({ data: null, error: null });
@@ -11,6 +14,7 @@ export function usePolled(ask, seconds, inputs) {
     let timer = 0;
     let failures = 0;
     let asking = null;
+    let pause = typeof seconds === "function" ? MAX_PAUSE_SECONDS : seconds;
     setState({ data: null, error: null });
     const run = async () => {
       clearTimeout(timer);
@@ -20,20 +24,24 @@ export function usePolled(ask, seconds, inputs) {
         const data = await ask(own.signal);
         if (own.signal.aborted) return;
         failures = 0;
+        if (typeof seconds === "function") pause = seconds(data);
         setState({ data, error: null });
       } catch (error) {
         if (own.signal.aborted) return;
         failures += 1;
         setState((earlier) => ({ ...earlier, error }));
       }
-      if (seconds && !document.hidden) timer = setTimeout(run, Math.min(30, seconds * 2 ** Math.min(failures, 4)) * 1000);
+      const wait = failures ? Math.min(Math.max(pause, MAX_PAUSE_SECONDS), pause * 2 ** failures) : pause;
+      if (pause && !document.hidden) timer = setTimeout(run, wait * 1000);
     };
     const onVisible = () => (document.hidden ? clearTimeout(timer) : run());
     again.current = run;
     document.addEventListener("visibilitychange", onVisible);
+    addEventListener("online", onVisible);
     run();
     return () => {
       document.removeEventListener("visibilitychange", onVisible);
+      removeEventListener("online", onVisible);
       clearTimeout(timer);
       asking?.abort();
     };

@@ -1,11 +1,11 @@
 // One job: how it came to be where it is, what it says, and what can be done with it.
 
-import { get, post, readKey, remove } from "./api.js";
+import { get, may, post, readKey, remove } from "./api.js";
 import { clockTime, count, duration, moment, plural, rate, secondsBetween, secondsSince, waitingInWords } from "./format.js";
 import { link, useClock, usePolled, visit } from "./hooks.js";
-import { html, useEffect } from "./html.js";
+import { html, useEffect, useMemo, useRef, useState } from "./html.js";
 import { isOver } from "./jobs.js";
-import { Card, Code, Confirmed, Copy, JobLink, Output, Polled, Problem, Status, Tabs, useAction } from "./parts.js";
+import { Card, Code, Confirmed, Copy, JobLink, LongText, Output, Polled, Problem, Status, Tabs, useAction } from "./parts.js";
 import { asCurl, asOpenAI, asPython, bodyOf } from "./request.js";
 import { useStream } from "./stream.js";
 
@@ -42,13 +42,23 @@ function Waiting({ job, queue }) {
   return html`<li data-tone="wait" class="now"><b>Waiting</b><span>${waitingInWords(queue ?? job.queue)}</span><span class="number">${duration(secondsSince(job.created_at))}</span></li>`;
 }
 
+const stepIn = (job) => ({ at, tone, title, detail }) => html`
+  <li key=${`${title}${at}`} data-tone=${tone}><b>${title}</b><span>${detail}</span><time class="number" datetime=${at} title=${moment(at)}>${at === job.created_at ? clockTime(at) : `+ ${duration(secondsBetween(job.created_at, at))}`}</time></li>`;
+
+const NUM_FIRST_STEPS = 4;
+const NUM_LAST_STEPS = 12; // of a job with many attempts
+
 function Timeline({ job, queue }) {
   const isRunning = job.status === "in_progress";
+  const [isWhole, showWhole] = useState(false);
   useClock();
+  const steps = timelineOf(job);
+  const numHidden = isWhole ? 0 : Math.max(0, steps.length - NUM_FIRST_STEPS - NUM_LAST_STEPS);
   return html`
     <ol class="timeline">
-      ${timelineOf(job).map(({ at, tone, title, detail }) => html`
-        <li key=${`${title}${at}`} data-tone=${tone}><b>${title}</b><span>${detail}</span><time class="number" datetime=${at} title=${moment(at)}>${at === job.created_at ? clockTime(at) : `+ ${duration(secondsBetween(job.created_at, at))}`}</time></li>`)}
+      ${steps.slice(0, numHidden ? NUM_FIRST_STEPS : 0).map(stepIn(job))}
+      ${numHidden > 0 && html`<li key="hidden" data-tone="calm"><button type="button" class="quiet" onClick=${() => showWhole(true)}>Show ${plural(numHidden, "more step")}</button></li>`}
+      ${steps.slice(numHidden ? -NUM_LAST_STEPS : 0).map(stepIn(job))}
       <${Waiting} job=${job} queue=${queue} />
       ${isRunning && html`<li data-tone="run" class="now"><b>Running</b><span>${job.cancel_requested ? "a cancel is on its way" : `on ${job.worker ?? "a worker"}`}</span><span class="number">${duration(secondsSince(job.started_at))}</span></li>`}
     </ol>
@@ -87,11 +97,11 @@ function Outputs({ job, stream }) {
 function Request({ input }) {
   const { messages, prompt, inputs, model, params, ...rest } = bodyOf(input);
   return html`
-    ${messages && html`<ul class="messages">${messages.map((message, index) => html`<li key=${index}><b>${message.role}</b><div class="said">${message.content}${message.tool_calls?.map((call) => html`<code key=${call.id}>${call.name}(${call.arguments})</code>`)}</div></li>`)}</ul>`}
-    ${prompt && html`<div class="output" tabindex="0" role="region" aria-label="Prompt">${prompt}</div>`}
-    ${inputs && html`<ul class="messages">${inputs.slice(0, 20).map((text, index) => html`<li key=${index}><b>${index + 1}</b><div class="said">${typeof text === "string" ? text : `${text.length} token ids`}</div></li>`)}</ul>`}
+    ${messages && html`<ul class="messages">${messages.map((message, index) => html`<li key=${index}><b>${message.role}</b><div class="said"><${LongText} text=${message.content} />${message.tool_calls?.map((call) => html`<code key=${call.id}>${call.name}(${call.arguments})</code>`)}</div></li>`)}</ul>`}
+    ${prompt && html`<div class="output" tabindex="0" role="region" aria-label="Prompt"><${LongText} text=${prompt} /></div>`}
+    ${inputs && html`<ul class="messages">${inputs.slice(0, 20).map((text, index) => html`<li key=${index}><b>${index + 1}</b><div class="said">${typeof text === "string" ? html`<${LongText} text=${text} />` : `${text.length} token ids`}</div></li>`)}</ul>`}
     <h3>Parameters</h3>
-    <pre tabindex="0" role="region" aria-label="Parameters">${JSON.stringify({ ...params, ...rest }, null, 2)}</pre>
+    <pre tabindex="0" role="region" aria-label="Parameters"><${LongText} text=${JSON.stringify({ ...params, ...rest }, null, 2)} /></pre>
   `;
 }
 
@@ -105,14 +115,30 @@ function Actions({ job, reload }) {
   const erase = () => act(() => remove(`v1/jobs/${job.id}`)).then((done) => done && visit("jobs"));
   return html`
     <div class="actions">
-      ${!isOver(job) && html`<button type="button" class="danger" disabled=${isBusy || job.cancel_requested} onClick=${cancel}>Cancel</button>`}
-      ${isRetryable && html`<button type="button" class="primary" disabled=${isBusy} onClick=${retry} title="A new job that goes on from the output so far">Retry</button>`}
-      ${isOver(job) && html`<button type="button" disabled=${isBusy} onClick=${repeat} title="A new job from the same request, from the start">Run again</button>`}
-      ${job.kind === "generation" && html`<a class="button" href=${link("playground", { from: job.id })}>Open in the playground</a>`}
-      ${isOver(job) && html`<${Confirmed} label="Delete" question="Delete it with its input and output?" onConfirm=${erase} />`}
+      ${!isOver(job) && may("cancel") && html`<button type="button" class="danger" disabled=${isBusy || job.cancel_requested} onClick=${cancel}>Cancel</button>`}
+      ${isRetryable && may("submit") && html`<button type="button" class="primary" disabled=${isBusy} onClick=${retry} title="A new job that goes on from the output so far">Retry</button>`}
+      ${isOver(job) && may("submit") && html`<button type="button" disabled=${isBusy} onClick=${repeat} title="A new job from the same request, from the start">Run again</button>`}
+      ${job.kind === "generation" && may("submit") && html`<a class="button" href=${link("playground", { from: job.id })}>Open in the playground</a>`}
+      ${isOver(job) && may("cancel") && html`<${Confirmed} label="Delete" question="Delete it with its input and output?" onConfirm=${erase} />`}
     </div>
     ${error && html`<${Problem} error=${error} />`}
   `;
+}
+
+// Drawn once: a long request would cost much to write again with each token of the output.
+function Asked({ input }) {
+  return useMemo(() => {
+    const body = bodyOf(input);
+    return html`
+      <${Card} title="Request"><${Request} input=${input} /><//>
+      <${Card} title="The same in code">
+        <${Tabs} label="Languages" tabs=${[
+          ["curl", html`<${Code} text=${asCurl(body, Boolean(readKey()))} label="curl" />`],
+          ["Python", html`<${Code} text=${asPython(body)} label="Python" />`],
+          ["OpenAI SDK", html`<${Code} text=${asOpenAI(body)} label="OpenAI SDK" />`],
+        ]} />
+      <//>`;
+  }, [input]);
 }
 
 function Page({ job, reload }) {
@@ -121,8 +147,6 @@ function Page({ job, reload }) {
   useEffect(() => {
     if (stream.job || stream.started) reload();
   }, [stream.job, stream.started]);
-  const body = bodyOf(job.input);
-  const hasKey = Boolean(readKey());
   const labels = Object.entries(job.metadata);
   return html`
     <div class="title">
@@ -137,19 +161,18 @@ function Page({ job, reload }) {
       <${Card} title="Output" actions=${job.output?.text && html`<${Copy} text=${job.output.text} />`}><${Outputs} job=${job} stream=${stream} /><//>
       <${Card} title="Timeline"><${Timeline} job=${job} queue=${stream.queue} /><//>
     </div>
-    <${Card} title="Request"><${Request} input=${job.input} /><//>
-    <${Card} title="The same in code">
-      <${Tabs} label="Languages" tabs=${[
-        ["curl", html`<${Code} text=${asCurl(body, hasKey)} label="curl" />`],
-        ["Python", html`<${Code} text=${asPython(body)} label="Python" />`],
-        ["OpenAI SDK", html`<${Code} text=${asOpenAI(body)} label="OpenAI SDK" />`],
-      ]} />
-    <//>
+    ${job.input && html`<${Asked} input=${job.input} />`}
   `;
 }
 
+// The request may have megabytes and never changes, so it is asked for once; what has ended does not change either.
 export function JobPage({ id }) {
-  const ask = (signal) => get(`v1/jobs/${encodeURIComponent(id)}`, { include: "input,attempts" }, signal);
-  const state = usePolled(ask, 3, [id]);
+  const input = useRef(null);
+  const ask = async (signal) => {
+    const job = await get(`v1/jobs/${encodeURIComponent(id)}`, { include: input.current ? "attempts" : "input,attempts" }, signal);
+    input.current ??= job.input;
+    return { ...job, input: input.current };
+  };
+  const state = usePolled(ask, (job) => (isOver(job) ? 0 : 3), [id]);
   return html`<p class="back"><a href=${link("jobs")}>Jobs</a></p><${Polled} state=${state}>${(job) => html`<${Page} job=${job} reload=${state.reload} />`}<//>`;
 }

@@ -1,13 +1,14 @@
 // The list of jobs: filtered by the address, so that a search can be linked to, with actions on many at once.
 
-import { forEach, get, post } from "./api.js";
-import { duration, jobIdOf, plural, secondsBetween, secondsSince, shortened } from "./format.js";
+import { forEach, get, may, post } from "./api.js";
+import { duration, ending, jobIdOf, plural, secondsBetween, secondsSince, shortened } from "./format.js";
 import { link, useClock, usePolled, visit } from "./hooks.js";
 import { html, useEffect, useState } from "./html.js";
 import { Card, Chip, Confirmed, Empty, Field, JobLink, Polled, Problem, Status, Time } from "./parts.js";
 import { useStream } from "./stream.js";
 
 const STATUSES = ["queued", "in_progress", "completed", "failed", "cancelled", "expired"];
+const ACTIONS = [["cancel", "cancel"], ["submit", "retry"]]; // [scope, what it allows here]
 const RETRYABLE = new Set(["failed", "expired", "cancelled"]);
 const PAGE = 25;
 const NUM_STREAMED = 3; // a browser opens six connections to a server at most
@@ -61,7 +62,7 @@ function Filters({ query, models }) {
 function RunningText({ id }) {
   const stream = useStream(id);
   const text = stream.texts[0] ?? "";
-  return html`<p class="tail" aria-hidden="true">${text.length > TAIL ? `…${text.slice(-TAIL)}` : text}<span class="caret"></span></p>`;
+  return html`<p class="tail" aria-hidden="true">${text.length > TAIL ? `…${ending(text, TAIL)}` : text}<span class="caret"></span></p>`;
 }
 
 function took(job) {
@@ -71,7 +72,7 @@ function took(job) {
 
 const Row = ({ job, isChosen, onChoose, isStreamed }) => html`
   <tr data-chosen=${isChosen}>
-    <td><input type="checkbox" checked=${isChosen} aria-label=${`Select ${job.id}`} onChange=${() => onChoose(job.id)} /></td>
+    ${onChoose && html`<td><input type="checkbox" checked=${isChosen} aria-label=${`Select ${job.id}`} onChange=${() => onChoose(job.id)} /></td>`}
     <td><${JobLink} id=${job.id} />${isStreamed && html`<${RunningText} id=${job.id} />`}${job.error && html`<p class="tail">${job.error.message}</p>`}</td>
     <td><${Status} of=${job.status}>${job.cancel_requested && !isOver(job) ? "cancelling" : undefined}<//></td>
     <td>${job.model}</td>
@@ -95,9 +96,9 @@ function Actions({ jobs, chosen, onDone }) {
   const retry = act((job) => post(`v1/jobs/${job.id}/retry`), retryable);
   return html`
     <div class="bulk" role="group" aria-label="Actions on the selected jobs">
-      <span class="soft" role="status">${selected.length ? `${selected.length} selected` : "Select jobs to cancel or retry them"}</span>
-      <${Confirmed} label=${`Cancel ${cancellable.length || ""}`} question=${`Cancel ${plural(cancellable.length, "job")}?`} disabled=${!cancellable.length} onConfirm=${cancel} />
-      <${Confirmed} label=${`Retry ${retryable.length || ""}`} question=${`Retry ${plural(retryable.length, "job")}?`} disabled=${!retryable.length} onConfirm=${retry} />
+      <span class="soft" role="status">${selected.length ? `${selected.length} selected` : `Select jobs to ${ACTIONS.filter(([scope]) => may(scope)).map(([, act]) => act).join(" or ")} them`}</span>
+      ${may("cancel") && html`<${Confirmed} label=${`Cancel ${cancellable.length || ""}`} question=${`Cancel ${plural(cancellable.length, "job")}?`} disabled=${!cancellable.length} onConfirm=${cancel} />`}
+      ${may("submit") && html`<${Confirmed} label=${`Retry ${retryable.length || ""}`} question=${`Retry ${plural(retryable.length, "job")}?`} disabled=${!retryable.length} onConfirm=${retry} />`}
     </div>
     ${refusals.map(({ item, error }) => html`<${Problem} key=${item.id} error=${{ message: `${item.id}: ${error.message}` }} />`)}
   `;
@@ -115,14 +116,15 @@ function JobTable({ jobs, hasMore, query, reload }) {
     return isFiltered ? html`<${Empty} title="No job matches">Look for fewer things at once, or <a href=${link("jobs")}>show all jobs</a>.<//>` : html`<${Empty} title="No jobs yet">The <a href=${link("playground")}>playground</a> makes one, and each job's page shows the code for more.<//>`;
   }
   const done = () => (setChosen(new Set()), reload());
+  const canAct = ACTIONS.some(([scope]) => may(scope));
   return html`
-    <${Actions} jobs=${jobs} chosen=${chosen} onDone=${done} />
+    ${canAct && html`<${Actions} jobs=${jobs} chosen=${chosen} onDone=${done} />`}
     <div class="scroll"><table>
       <thead><tr>
-        <th><input type="checkbox" checked=${areAllChosen} aria-label="Select all jobs of this page" onChange=${() => setChosen(new Set(areAllChosen ? [] : jobs.map((job) => job.id)))} /></th>
+        ${canAct && html`<th><input type="checkbox" checked=${areAllChosen} aria-label="Select all jobs of this page" onChange=${() => setChosen(new Set(areAllChosen ? [] : jobs.map((job) => job.id)))} /></th>`}
         <th>Job</th><th>Status</th><th>Model</th><th>Accepted</th><th class="number">Took</th><th class="number">Tokens</th><th>Metadata</th>
       </tr></thead>
-      <tbody>${jobs.map((job) => html`<${Row} key=${job.id} job=${job} isChosen=${chosen.has(job.id)} onChoose=${toggle} isStreamed=${streamed.has(job.id)} />`)}</tbody>
+      <tbody>${jobs.map((job) => html`<${Row} key=${job.id} job=${job} isChosen=${chosen.has(job.id)} onChoose=${canAct && toggle} isStreamed=${streamed.has(job.id)} />`)}</tbody>
     </table></div>
     <nav class="pages" aria-label="Pages">
       ${query.get("after") && html`<a href=${page("")}>Newest</a>`}

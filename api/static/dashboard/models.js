@@ -3,8 +3,8 @@
 import { get, post } from "./api.js";
 import { compact, duration, rate } from "./format.js";
 import { link, usePolled } from "./hooks.js";
-import { html } from "./html.js";
-import { Card, Chip, Confirmed, Empty, Meter, Polled, Problem, Status, Time, useAction } from "./parts.js";
+import { html, useState } from "./html.js";
+import { Card, Chip, Confirmed, Empty, Field, Meter, Polled, Problem, Shortened, Status, Time, useAction } from "./parts.js";
 import { Pulls } from "./pulls.js";
 
 function Worker({ worker, act, reload }) {
@@ -37,7 +37,7 @@ function Administered({ model, card, reload }) {
     <${Card} title=${model.id} actions=${html`
       <${Status} of=${model.status} />
       ${model.is_loaded ? html`<${Confirmed} label="Unload" question="Stop its engines? Its jobs will wait." onConfirm=${() => order("unload")} />` : html`<button type="button" class="primary" onClick=${() => order("load")}>Load</button>`}`}>
-      <p class="soft"><${Chip}>context ${compact(model.max_model_len)} tokens<//> <${Chip} title=${model.revision}>revision ${model.revision.slice(0, 24)}<//> <a href=${link("jobs", { model: model.id })}>its jobs</a></p>
+      <p class="soft">${card?.task && card.task !== "generation" && html`<${Chip} tone="run">${card.task}<//>`}<${Chip}>context ${compact(model.max_model_len)} tokens<//> <${Chip} title=${model.revision}>revision ${model.revision.slice(0, 24)}<//> <a href=${link("jobs", { model: model.id })}>its jobs</a></p>
       ${card?.unavailable && html`<${Problem} error=${{ message: card.unavailable }} />`}
       <${Loading} model=${model} card=${card} />
       ${model.workers.length > 0
@@ -53,26 +53,37 @@ function Administered({ model, card, reload }) {
 
 const Served = ({ card }) => html`
   <tr>
-    <td>${card.id}${card.parent && html` <${Chip}>adapter of ${card.parent}<//>`}</td>
+    <td>${card.id}${card.parent && html` <${Chip}>adapter of ${card.parent}<//>`}${card.task && card.task !== "generation" && html` <${Chip} tone="run">${card.task}<//>`}</td>
     <td>${card.unavailable ? html`<${Status} of="failed">unavailable<//>` : card.load_percent !== null ? html`<${Status} of="loading">loading ${card.load_percent} %<//>` : html`<${Status} of=${card.loaded ? "loaded" : "waiting"}>${card.loaded ? "ready" : "not loaded"}<//>`}</td>
     <td class="number">${compact(card.max_model_len)}</td>
     <td>${card.unavailable}</td>
   </tr>
 `;
 
+// Models with workers before those without; otherwise in the order of models.toml.
+const liveFirst = (one, other) => Number(other.workers.length > 0) - Number(one.workers.length > 0);
+
+const NUM_SHOWN = 20; // models
+const NUM_WITHOUT_A_FILTER = 8;
+
 export function Models({ live, isAdmin }) {
+  const [wanted, want] = useState("");
+  const isWanted = ({ id }) => id.toLowerCase().includes(wanted.trim().toLowerCase());
   const cards = usePolled((signal) => get("v1/models", {}, signal), 5, []);
   const byId = new Map(cards.data?.data.map((card) => [card.id, card]));
   const statuses = live.data?.isBlind ? null : live.data?.models;
   const areWorkersShown = isAdmin && !live.data?.isBlind;
-  const rest = areWorkersShown && !statuses ? [] : cards.data?.data.filter((card) => !statuses?.some((model) => model.id === card.id)) ?? [];
+  const administered = new Set(statuses?.map((model) => model.id));
+  const rest = areWorkersShown && !statuses ? [] : cards.data?.data.filter((card) => !administered.has(card.id)) ?? [];
+  const isLong = byId.size > NUM_WITHOUT_A_FILTER;
   return html`
     <h1>Models</h1>
-    ${areWorkersShown && html`<${Polled} state=${live}>${({ models }) => (models ?? []).map((model) => html`<${Administered} key=${model.id} model=${model} card=${byId.get(model.id)} reload=${live.reload} />`)}<//>`}
+    ${isLong && html`<div class="filters choices"><${Field} label="Find a model"><input type="search" value=${wanted} maxlength="128" autocomplete="off" spellcheck="false" placeholder=${`a part of the name of one of ${byId.size}`} onInput=${({ target }) => want(target.value)} /><//></div>`}
+    ${areWorkersShown && html`<${Polled} state=${live}>${({ models }) => html`<${Shortened} rows=${(models ?? []).filter(isWanted).sort(liveFirst)} first=${NUM_SHOWN} name="models">${(shown) => shown.map((model) => html`<${Administered} key=${model.id} model=${model} card=${byId.get(model.id)} reload=${live.reload} />`)}<//>`}<//>`}
     ${(rest.length > 0 || !areWorkersShown) && html`
       <${Card} title=${areWorkersShown ? "Adapters and unavailable models" : "Served here"}><${Polled} state=${cards}>${() => rest.length === 0
         ? html`<${Empty} title="No models are served">An administrator pulls one, or adds it to models.toml.<//>`
-        : html`<div class="scroll"><table><thead><tr><th>Model</th><th>State</th><th class="number">Context</th><th>Why</th></tr></thead><tbody>${rest.map((card) => html`<${Served} key=${card.id} card=${card} />`)}</tbody></table></div>`}<//><//>`}
+        : html`<div class="scroll"><table><thead><tr><th>Model</th><th>State</th><th class="number">Context</th><th>Why</th></tr></thead><tbody>${rest.filter(isWanted).map((card) => html`<${Served} key=${card.id} card=${card} />`)}</tbody></table></div>`}<//><//>`}
     ${isAdmin && html`<${Pulls} />`}
   `;
 }

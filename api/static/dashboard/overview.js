@@ -6,9 +6,10 @@ import { WAITING, WAITING_SHORT, bytes, compact, count, duration, percent, plura
 import { link, usePolled } from "./hooks.js";
 import { html } from "./html.js";
 import { findingsOf } from "./live.js";
-import { Card, Chip, Empty, JobLink, Meter, Output, Polled, Status, Time } from "./parts.js";
+import { Card, Chip, Empty, JobLink, Meter, Output, Polled, Shortened, Status, Time } from "./parts.js";
 import { useStream } from "./stream.js";
 
+const NUM_SHOWN = 20; // queues and workers
 const NUM_SHOWN_RUNNING = 3; // each takes one of the six connections that a browser opens to a server
 
 const Tile = ({ name, value, note }) => html`<div class="tile"><dt>${name}</dt><dd>${value}</dd><dd class="soft">${note}</dd></div>`;
@@ -50,9 +51,9 @@ function Queues({ queues }) {
   const busiestFirst = [...queues].sort((one, other) => other.queued + other.running - (one.queued + one.running) || other.workers - one.workers);
   return html`
     <${Card} title="Queues">
-      <div class="scroll"><table>
+      <${Shortened} rows=${busiestFirst} first=${NUM_SHOWN} name="queues">${(shown) => html`<div class="scroll"><table>
         <thead><tr><th>Model</th><th>State</th><th class="wide">Slots</th><th class="number">Queued</th><th class="number">Oldest</th><th class="number">A new job starts in</th><th class="number">Tokens/s</th><th>Waiting for</th></tr></thead>
-        <tbody>${busiestFirst.map((queue) => html`
+        <tbody>${shown.map((queue) => html`
           <tr key=${queue.model}>
             <td><a href=${link("jobs", { model: queue.model })}>${queue.model}</a></td>
             <td>${queue.load_percent !== null ? html`<${Status} of="loading">loading ${queue.load_percent} %<//>` : html`<${Status} of=${queue.workers ? "ready" : "standby"}>${queue.workers ? "ready" : "not loaded"}<//>`}</td>
@@ -63,7 +64,7 @@ function Queues({ queues }) {
             <td class="number">${queue.running ? rate(queue.tokens_per_second) : "–"}</td>
             <td><${WaitingFor} reasons=${queue.waiting_for} /></td>
           </tr>`)}</tbody>
-      </table></div>
+      </table></div>`}<//>
     <//>
   `;
 }
@@ -100,13 +101,14 @@ const CacheUse = ({ worker }) => {
 
 function Workers({ models }) {
   const workers = models.flatMap((model) => model.workers.map((worker) => ({ ...worker, model: model.id })));
+  workers.sort((one, other) => one.hostname.localeCompare(other.hostname, "en", { numeric: true }) || one.model.localeCompare(other.model));
   return html`
     <${Card} title="Workers" actions=${html`<a href=${link("models")}>Load, unload, drain</a>`}>
       ${workers.length === 0
         ? html`<${Empty} title="No worker has reported within 15 seconds">Start one with <code>celeriac worker --model ID</code>. Jobs that are accepted meanwhile wait for it.<//>`
-        : html`<div class="scroll"><table>
+        : html`<${Shortened} rows=${workers} first=${NUM_SHOWN} name="workers">${(shown) => html`<div class="scroll"><table>
             <thead><tr><th>Worker</th><th>Model</th><th>State</th><th class="wide">Batch</th><th class="wide">Cache</th><th class="number">Memory</th><th class="number">Tokens/s</th><th>Started</th></tr></thead>
-            <tbody>${workers.map((worker) => html`
+            <tbody>${shown.map((worker) => html`
               <tr key=${`${worker.hostname} ${worker.model} ${worker.started_at}`}>
                 <td class="mono">${worker.hostname}</td>
                 <td>${worker.model}</td>
@@ -117,7 +119,7 @@ function Workers({ models }) {
                 <td class="number">${worker.num_running ? rate(worker.tokens_per_second) : "–"}</td>
                 <td><${Time} at=${worker.started_at} /></td>
               </tr>`)}</tbody>
-          </table></div>`}
+          </table></div>`}<//>`}
     <//>
   `;
 }

@@ -1,6 +1,6 @@
 // The small parts that all views are made of.
 
-import { ago, moment, shortId } from "./format.js";
+import { ago, beginning, count, ending, moment, shortId } from "./format.js";
 import { link } from "./hooks.js";
 import { html, useEffect, useLayoutEffect, useRef, useState } from "./html.js";
 
@@ -72,6 +72,13 @@ export const Problem = ({ error, onRetry }) => html`
   </div>
 `;
 
+// The first of many rows, and all of them when asked for. `children` draws the rows that it is given.
+export function Shortened({ rows, first, name, children }) {
+  const [isWhole, showWhole] = useState(false);
+  const shown = isWhole ? rows : rows.slice(0, first);
+  return html`${children(shown)}${shown.length < rows.length && html`<p class="more"><button type="button" onClick=${() => showWhole(true)}>Show all ${count(rows.length)} ${name}</button></p>`}`;
+}
+
 // What `usePolled` gives, drawn: the first answer is awaited, and a later error is shown above what is known.
 export function Polled({ state, children }) {
   if (!state.data && !state.error) return html`<${Loading} />`;
@@ -90,7 +97,16 @@ export function Field({ label, hint, error, children }) {
   return html`<label class="field ${error ? "wrong" : ""}"><span>${label}</span>${children}${error ? html`<small role="alert">${error}</small>` : hint && html`<small>${hint}</small>`}</label>`;
 }
 
-export const Code = ({ text, label }) => html`<div class="code"><pre tabindex="0" role="region" aria-label=${label}>${text}</pre><${Copy} text=${text} /></div>`;
+const MAX_SHOWN = 20_000; // characters: a browser takes seconds to lay out megabytes
+
+// The beginning of a text, and all of it when asked for.
+export function LongText({ text }) {
+  const [isWhole, showWhole] = useState(false);
+  if (isWhole || !text || text.length <= MAX_SHOWN) return text;
+  return html`${beginning(text, MAX_SHOWN)}… <button type="button" onClick=${() => showWhole(true)}>Show all ${count(text.length)} characters</button>`;
+}
+
+export const Code = ({ text, label }) => html`<div class="code"><pre tabindex="0" role="region" aria-label=${label}>${text.length > MAX_SHOWN ? `${beginning(text, MAX_SHOWN)}…\n\n${count(text.length - MAX_SHOWN)} more characters, which Copy copies, too` : text}</pre><${Copy} text=${text} /></div>`;
 
 // Tabs as in the ARIA authoring practices: arrow keys move, only the chosen tab is in the tab order.
 export function Tabs({ label, tabs }) {
@@ -112,16 +128,20 @@ export function Tabs({ label, tabs }) {
   `;
 }
 
-// Text of a model: a text node, whatever it contains. While it grows, its end stays in view unless the reader scrolls.
+// Text of a model: a text node, whatever it contains. While it grows, its end stays in view unless the reader scrolls,
+// and only its end is drawn: laying out a hundred thousand tokens with each new one would take all of the browser's time.
 export function Output({ text, isLive, label = "Output", placeholder = "No output yet" }) {
   const box = useRef(null);
   const atEnd = useRef(true);
+  const [isWhole, showWhole] = useState(false);
+  const shown = isLive && !isWhole && text ? ending(text, MAX_SHOWN) : text;
   const onScroll = ({ target }) => (atEnd.current = target.scrollHeight - target.scrollTop - target.clientHeight < 24);
   useLayoutEffect(() => {
     if (isLive && atEnd.current && box.current) box.current.scrollTop = box.current.scrollHeight;
   }, [text, isLive]);
   return html`<div class="output" ref=${box} onScroll=${onScroll} tabindex="0" role="log" aria-live="polite" aria-busy=${isLive ? "true" : "false"} aria-label=${label}>
-    ${text ? html`<span>${text}</span>${isLive && html`<span class="caret" aria-hidden="true"></span>`}` : html`<span class="soft">${placeholder}</span>`}
+    ${text && shown.length < text.length && html`<p><button type="button" onClick=${() => showWhole(true)}>Show the ${count(text.length - shown.length)} characters before</button></p>`}
+    ${text ? html`<span>${shown}</span>${isLive && html`<span class="caret" aria-hidden="true"></span>`}` : html`<span class="soft">${placeholder}</span>`}
   </div>`;
 }
 

@@ -1,7 +1,7 @@
 // Try a model, or two side by side. Each answer is a job, whose id is in the address: a reload, or another browser with
 // the same key, reads it from its start and goes on.
 
-import { get, post, readKey } from "./api.js";
+import { get, may, post, readKey } from "./api.js";
 import { plural, waitingInWords } from "./format.js";
 import { useKept, usePolled, visit } from "./hooks.js";
 import { html, useEffect, useRef, useState } from "./html.js";
@@ -29,7 +29,7 @@ function Answer({ id, onContinue }) {
       ${stream.error && html`<${Problem} error=${stream.error} />`}
       ${error && html`<${Problem} error=${error} />`}
       <div class="actions">
-        ${!job && html`<button type="button" class="danger" onClick=${() => act(() => post(`v1/jobs/${id}/cancel`))}>Stop</button>`}
+        ${!job && may("cancel") && html`<button type="button" class="danger" onClick=${() => act(() => post(`v1/jobs/${id}/cancel`))}>Stop</button>`}
         ${job?.output && onContinue && html`<button type="button" onClick=${() => onContinue(texts[0])}>Continue the chat</button>`}
       </div>
     </article>
@@ -80,7 +80,7 @@ function Bench({ models, form, setForm, query }) {
         <label class="switch"><input type="checkbox" checked=${form.isCompared} onChange=${({ target }) => change({ isCompared: target.checked })} /><span>Two side by side</span></label>
         <${PlaygroundForm} form=${form} change=${change} errors=${{ ...named, ...unreadable }} />
         ${refusal && html`<${Problem} error=${refusal} />`}
-        <div class="actions"><button class="primary" disabled=${isBusy || !first}>${isBusy ? "Sending…" : "Run"}</button><small class="soft">Ctrl + Enter</small></div>
+        <div class="actions"><button class="primary" disabled=${isBusy || !first || !may("submit")}>${isBusy ? "Sending…" : "Run"}</button><small class="soft">${may("submit") ? "Ctrl + Enter" : "This key may not submit jobs: it lacks the scope submit."}</small></div>
       <//>
     </form>
     <div class="answers">
@@ -99,6 +99,9 @@ function Bench({ models, form, setForm, query }) {
     </div>
   `;
 }
+
+// Those that are made for vectors and scores write no text. What an unavailable one is for is not known.
+const writers = (models) => models.filter((model) => model.task === "generation" || model.task === null);
 
 export function Playground({ address }) {
   const { query } = address;
@@ -121,8 +124,8 @@ export function Playground({ address }) {
   return html`
     <h1 class="unseen">Playground</h1>
     ${error && html`<${Problem} error=${error} />`}
-    <div class="playground"><${Polled} state=${models}>${({ data }) => (data.length === 0
-      ? html`<${Empty} title="No models are served">An administrator adds them to models.toml.<//>`
-      : html`<${Bench} models=${data} form=${form} setForm=${setForm} query=${query} />`)}<//></div>
+    <div class="playground"><${Polled} state=${models}>${({ data }) => (writers(data).length === 0
+      ? html`<${Empty} title="No model that writes text is served">An administrator pulls one, or adds it to models.toml.<//>`
+      : html`<${Bench} models=${writers(data)} form=${form} setForm=${setForm} query=${query} />`)}<//></div>
   `;
 }
