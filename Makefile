@@ -106,7 +106,7 @@ upgrades: $(READY_TO_TEST) ## processes of the last release and of this one in a
 chaos: $(READY_TO_TEST) ## kill, pause and flush while jobs run, and judge what came out: make chaos SECONDS=600 SEED=7
 	$(BIN)/python -m tests.chaos.run --seconds $(SECONDS) --seed $(SEED)
 
-causes: $(READY_TO_TEST) ## bring about one trouble after another, and measure who names it after how many seconds: half an hour
+causes: $(READY_TO_TEST) ## bring about one trouble after another, and measure who names it after how many seconds: an hour
 	$(BIN)/python -m tests.chaos.causes
 
 bench: $(READY_TO_TEST) ## every speed figure, measured on this machine, beside its ceiling

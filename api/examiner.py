@@ -17,8 +17,6 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
-import redis.asyncio
-from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, ResponseError
 from sqlalchemy import event, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
@@ -34,15 +32,15 @@ from api.reasons import (
     silent_worker_reasons,
     told_reasons,
 )
+from api.redis_examiner import RedisExaminer
 from domain.clocks import MAX_SKEW_SECONDS, skew_seconds
 from domain.troubles import Trouble
 from metrics import health_reasons
 from observability import describe_exception
 from settings import Settings
-from storage import processes, troubles
+from storage import certificates, processes, troubles
 from storage.database import async_session_factory, open_statement_database, repeatable, within
 from storage.processes import ProcessKind, ProcessReport
-from storage.stream_channels import REDIS_OUTAGES
 from storage.troubles import DISK_FULL, READ_ONLY, ServerState
 
 log = logging.getLogger(__name__)
@@ -50,13 +48,13 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 EXAMINE_SECONDS = 2.0  # between two looks
-CHECK_SECONDS = 2.0  # how long the database and Redis may each take to answer
+CHECK_SECONDS = 2.0  # how long the database may take to answer
 LOCK_MILLISECONDS = 500  # for which the examiner itself waits for a lock
 WRITE_SECONDS = 5.0  # between two tries to write
+CERTIFICATE_SECONDS = 600.0  # between two looks at the certificates of servers
 BLOCKED_SECONDS = 10.0  # for which a lock is named after it was last waited for: those that give up come back
 SETTLED_SECONDS = 10.0  # after an outage, until those that could not report count as silent
 SLOW_SECONDS, NUM_SLOW = 0.5, 3  # answers in a row, each of them slower than this
-REDIS_PROBE = "celeriac.health"
 
 
 #: What PostgreSQL or the system says when a connection is refused, and what that means. It has no codes for clients.
@@ -76,6 +74,7 @@ REFUSALS = (
     ("starting up", ReasonCode.DATABASE_UNAVAILABLE, "it is starting, wait or see its log"),
     ("recovery", ReasonCode.DATABASE_UNAVAILABLE, "it recovers from a crash, wait or see its log"),
     ("shutting down", ReasonCode.DATABASE_UNAVAILABLE, "it is stopping, start it again"),
+    ("no password supplied", ReasonCode.DATABASE_UNAVAILABLE, "it refuses our user, see CELERIAC_DATABASE_URL"),
     ("authentication failed", ReasonCode.DATABASE_UNAVAILABLE, "it refuses our user, see CELERIAC_DATABASE_URL"),
     ("pg_hba.conf", ReasonCode.DATABASE_UNAVAILABLE, "it refuses our user or our address, see its pg_hba.conf"),
     ("not permitted to log in", ReasonCode.DATABASE_UNAVAILABLE, "it refuses our user, see CELERIAC_DATABASE_URL"),
@@ -83,6 +82,7 @@ REFUSALS = (
     ('database "', ReasonCode.DATABASE_UNAVAILABLE, "it has no such database, see CELERIAC_DATABASE_URL"),
     ("certificate", ReasonCode.DATABASE_UNAVAILABLE, "TLS fails, see its certificate and CELERIAC_DATABASE_URL"),
     ("SSL", ReasonCode.DATABASE_UNAVAILABLE, "TLS fails, see its certificate and CELERIAC_DATABASE_URL"),
+    ("resolve host", ReasonCode.DATABASE_UNAVAILABLE, "its name is not known, see CELERIAC_DATABASE_URL"),
     ("translate host name", ReasonCode.DATABASE_UNAVAILABLE, "its name is not known, see CELERIAC_DATABASE_URL"),
     ("No route to host", ReasonCode.DATABASE_UNAVAILABLE, "no network leads there, see CELERIAC_DATABASE_URL"),
 )
@@ -104,13 +104,13 @@ class Examiner:
     def __init__(
         self,
         sessions: async_sessionmaker[AsyncSession],
-        client: "redis.asyncio.Redis",
+        of_redis: RedisExaminer,
         others: Callable[[Sequence[Reason]], Iterator[Reason]],
         report: ProcessReport,
     ) -> None:
         self._report = report
         self._sessions = sessions
-        self._redis = client
+        self._redis = of_redis
         self._others = others
         self._looking = asyncio.Lock()
         self._seen: list[Reason] = []
@@ -119,14 +119,16 @@ class Examiner:
         self._write_reason: Reason | None = None
         self._blocker: Reason | None = None
         self._blocked_at = float("-inf")  # monotonic
+        self._certificates_due_at = 0.0  # monotonic
+        self._expiring: list[Reason] = []
         self._was_away_at = time.monotonic()
-        self._schema_reason: Reason | None = None
+        self._settled_reasons: list[Reason] = []  # of the schema and of what is neglected
 
     async def look(self, *, max_age_seconds: float) -> Findings:
         """What is wrong, looked at again if that is older than this. Never raises for what it finds."""
         async with self._looking:
             if time.monotonic() - self._seen_at > max_age_seconds:
-                of_database, of_redis = await asyncio.gather(self._database_reasons(), self._redis_reasons())
+                of_database, of_redis = await asyncio.gather(self._database_reasons(), self._redis.reasons())
                 of_others = await self._process_reasons({reason.code for reason in (*of_database, *of_redis)})
                 self._seen, self._seen_at = [*of_database, *of_redis, *of_others], time.monotonic()
                 self._publish()
@@ -164,6 +166,7 @@ class Examiner:
             return reasons
         reasons += await self._lock_reasons()
         reasons += await self._write_reasons()
+        reasons += await self._certificate_reasons()
         return reasons
 
     async def _slowness_reasons(self, seconds: float) -> list[Reason]:
@@ -203,8 +206,18 @@ class Examiner:
                 await self._ask(troubles.try_to_write)
             except (SQLAlchemyError, OSError) as exc:
                 self._write_reason = _write_refusal(exc)
-            self._schema_reason = next(iter(await self._answer(_schema_reasons)), None)
-        return [reason for reason in (self._write_reason, self._schema_reason) if reason is not None]
+            self._settled_reasons = [*await self._answer(_schema_reasons), *await self._answer(_neglect_reasons)]
+        return [*([self._write_reason] if self._write_reason else []), *self._settled_reasons]
+
+    async def _certificate_reasons(self) -> list[Reason]:
+        if time.monotonic() > self._certificates_due_at:
+            self._certificates_due_at = time.monotonic() + CERTIFICATE_SECONDS
+            servers = [*await self._answer(_postgres_server), *self._redis.servers]
+            told = [await asyncio.to_thread(server.expires_soon) for server in servers]
+            self._expiring = [
+                Reason(ReasonCode.CERTIFICATE, f"{seen}: {certificates.RENEW}") for seen in told if seen is not None
+            ]
+        return self._expiring
 
     # Processes
 
@@ -237,26 +250,6 @@ class Examiner:
     def _ask(self, function: Callable[..., T], *args: Any) -> Awaitable[T]:
         return within(CHECK_SECONDS, repeatable(self._sessions, function, *args))
 
-    # Redis
-
-    async def _redis_reasons(self) -> list[Reason]:
-        """Writes, since Redis answers to a PING as well when it is full."""
-        try:
-            async with asyncio.timeout(CHECK_SECONDS):
-                await self._redis.set(REDIS_PROBE, "", ex=60)
-        except OutOfMemoryError:
-            remedy = "raise its maxmemory; streams and starts are slower, nothing is lost"
-            return [Reason(ReasonCode.REDIS_FULL, f"Redis has no memory left: {remedy}")]
-        except (AuthenticationError, ResponseError) as exc:
-            # Which user and which command is for doctor to say.
-            what = "no permission" if isinstance(exc, NoPermissionError) else str(exc).partition(".")[0]
-            return [Reason(ReasonCode.REDIS_REFUSES, f"Redis refuses to write ({what}): see its log and its ACL")]
-        except REDIS_OUTAGES:
-            what = f"Redis does not answer within {CHECK_SECONDS:g} s"
-            remedy = "see whether it runs, and CELERIAC_REDIS_URL; streams are slower, nothing is lost"
-            return [Reason(ReasonCode.REDIS_UNAVAILABLE, f"{what}: {remedy}")]
-        return []
-
 
 def _nothing(session: Session) -> list[None]:
     session.execute(text("SELECT 1"))
@@ -279,6 +272,15 @@ def _schema_reasons(session: Session) -> list[Reason]:
         seen = f"the schema of the database is {found}, and this release needs {needed}"
         return [Reason(ReasonCode.DATABASE_SCHEMA, f"{seen}: run celeriac migrate")]
     return []
+
+
+def _postgres_server(session: Session) -> list[certificates.VerifiedServer]:
+    server = certificates.postgres_server(session.connection())
+    return [] if server is None else [server]
+
+
+def _neglect_reasons(session: Session) -> list[Reason]:
+    return [Reason(ReasonCode.DATABASE_NEGLECTED, f"{one.seen}: {one.remedy}") for one in troubles.neglects(session)]
 
 
 def refusal(exc: BaseException) -> Reason:
@@ -331,14 +333,15 @@ def _be_impatient(connection: Any, record: object) -> None:
 
 @asynccontextmanager
 async def open_examiner(
-    settings: Settings, client: "redis.asyncio.Redis", others: Callable[[Sequence[Reason]], Iterator[Reason]]
+    settings: Settings, others: Callable[[Sequence[Reason]], Iterator[Reason]]
 ) -> AsyncIterator[Examiner]:
     """Looks until it is closed."""
     database = open_statement_database(settings.database_url, pool_size=1, max_overflow=1)
     event.listen(database.sync_engine, "connect", _be_impatient)
     name = f"api {os.getpid()} on {socket.gethostname()}"
     report = ProcessReport(uuid4(), ProcessKind.API, name, version("celeriac"))
-    examiner = Examiner(async_session_factory(database), client, others, report)
+    of_redis = RedisExaminer(settings.redis_url)
+    examiner = Examiner(async_session_factory(database), of_redis, others, report)
     looking: asyncio.Task[Any] = asyncio.create_task(examiner.look_forever())
     try:
         yield examiner
@@ -346,4 +349,5 @@ async def open_examiner(
         looking.cancel()
         await asyncio.gather(looking, return_exceptions=True)
         await examiner.leave()
+        await of_redis.close()
         await database.dispose()

@@ -26,14 +26,19 @@ class ReasonCode(StrEnum):
     DATABASE_LOCKED = "database_locked"
     DATABASE_SLOW = "database_slow"
     DATABASE_SCHEMA = "database_schema"
+    DATABASE_NEGLECTED = "database_neglected"
     CLOCK = "clock"
+    CERTIFICATE = "certificate"
     REDIS_UNAVAILABLE = "redis_unavailable"
     REDIS_FULL = "redis_full"
     REDIS_REFUSES = "redis_refuses"
+    REDIS_SLOW = "redis_slow"
+    REDIS_EVICTS = "redis_evicts"
     NO_WORKER = "no_worker"
     WORKER_SILENT = "worker_silent"
     PROCESS_SILENT = "process_silent"
     PROCESS_REDIS = "process_redis"
+    PROCESS_DATABASE = "process_database"
     ENGINE_STUCK = "engine_stuck"
     ENGINE_ENDED = "engine_ended"
     MODEL_FAILED = "model_failed"
@@ -56,6 +61,12 @@ EXPLAIN_SILENCE = FATAL | {
 }
 OF_REDIS = frozenset({ReasonCode.REDIS_UNAVAILABLE, ReasonCode.REDIS_FULL, ReasonCode.REDIS_REFUSES})
 
+
+#: A process that tells the trouble has it for these reasons, as all others do.
+EVERYBODYS = {
+    Trouble.REDIS: OF_REDIS | {ReasonCode.REDIS_SLOW},
+    Trouble.DATABASE: frozenset({ReasonCode.DATABASE_SLOW, ReasonCode.DATABASE_LOCKED}),
+}
 
 NO_JOBS = "no job can be accepted"
 
@@ -87,7 +98,7 @@ def silent_process_reasons(silent: Sequence[SilentProcess]) -> Iterator[Reason]:
 def told_reasons(told: Iterable[Told], codes: Set[ReasonCode]) -> Iterator[Reason]:
     """What processes find wrong with themselves, a sentence for each kind of trouble. `codes` is what is wrong with the
     servers that all of them use."""
-    known = [one for one in told if one.code in set(Trouble) and not (one.code == Trouble.REDIS and codes & OF_REDIS)]
+    known = [one for one in told if one.code in set(Trouble) and not codes & EVERYBODYS.get(one.code, frozenset())]
     for (code, kind), alike in groupby(sorted(known, key=_trouble), key=_trouble):
         models = ", ".join(sorted({one.model for one in alike if one.model}))
         what, remedy = WORDS[Trouble(code)]

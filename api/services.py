@@ -281,7 +281,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         streams = StreamReader(settings.redis_url, pools.system_statements, is_shared=is_shared)
         draining = Signal()
         others = partial(installation_reasons, monitor, catalog, draining)
-        examiner = await stack.enter_async_context(open_examiner(settings, client, others))
+        examiner = await stack.enter_async_context(open_examiner(settings, others))
         large_work = LargeWork()
         stack.callback(large_work.close)
         services = Services(

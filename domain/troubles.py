@@ -5,6 +5,7 @@ from enum import StrEnum
 
 class Trouble(StrEnum):
     REDIS = "process_redis"
+    DATABASE = "process_database"
     ENGINE_STUCK = "engine_stuck"
     ENGINE_ENDED = "engine_ended"
     MODEL = "model_failed"
@@ -18,6 +19,10 @@ WORDS = {
     Trouble.REDIS: (
         "cannot reach Redis",
         "see the network between them and its CELERIAC_REDIS_URL; jobs go on through PostgreSQL, more slowly",
+    ),
+    Trouble.DATABASE: (
+        "waits long for the database",
+        "see the network between them; what it writes, and so what clients read, is late",
     ),
     Trouble.ENGINE_STUCK: (
         "has an engine that makes no progress",

@@ -156,12 +156,13 @@ class JobStorage:
         job_log.ended_without_worker(job for job in asked if job.status.is_terminal)
         self.notifier.publish((job.job_id, JobStatus.CANCELLED) for job in asked)
 
-    def heartbeat(self, report: WorkerReport) -> tuple[Orders, float]:
-        """Store the worker's report. Returns its orders, and by how much the database's clock is ahead of ours."""
-        asked_at = time()
+    def heartbeat(self, report: WorkerReport) -> tuple[Orders, float, float]:
+        """Store the worker's report. Returns its orders, by how much the database's clock is ahead of ours, and how
+        long it took."""
+        asked_at, began_at = time(), monotonic()
         with self.sessions.begin() as session:
             orders = workers.heartbeat(session, report)
-        return orders, skew_seconds(orders.clock, asked_at, time())
+        return orders, skew_seconds(orders.clock, asked_at, time()), monotonic() - began_at
 
     def fail(self, report: WorkerReport) -> None:
         with self.sessions.begin() as session:

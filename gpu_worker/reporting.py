@@ -4,6 +4,7 @@ The answer to a heartbeat contains the operators' orders for this worker.
 """
 
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
 from uuid import UUID, uuid4
 
@@ -12,7 +13,7 @@ from sqlalchemy.orm import Session
 
 import observability
 from domain.catalog import ModelSpec
-from domain.clocks import MAX_SKEW_SECONDS
+from domain.clocks import told_skew
 from domain.jobs import WorkerState
 from domain.troubles import Trouble
 from gpu_worker.commits import JobStorage
@@ -29,6 +30,8 @@ log = logging.getLogger(__name__)
 ENDED_SECONDS = 60.0  # for which it is told that an engine has ended: the next one may do so, too
 
 AWAY_SECONDS = 5.0  # for which Redis has not answered
+
+SLOW_SECONDS, NUM_SLOW = 1.0, 3  # reports in a row, each of them slower than this
 
 REPORT_SECONDS = 2.0  # between two reports, and so the longest time until an order is followed
 
@@ -62,6 +65,12 @@ class WorkerReporter:
         self._is_under_way = False
         self._told: tuple[WorkerState, frozenset[Trouble]] | None = None
         self.skew_seconds = 0.0  # by how much the database's clock is ahead of ours
+        self._newest_seconds: deque[float] = deque(maxlen=NUM_SLOW)  # how long the newest reports took
+
+    @property
+    def seconds(self) -> float:
+        """How long the fastest of the newest reports took; 0 if there are too few."""
+        return min(self._newest_seconds) if len(self._newest_seconds) == NUM_SLOW else 0.0
 
     def beat_soon(self) -> None:
         """Report at the next opportunity, to fetch an order that has changed."""
@@ -130,10 +139,11 @@ class WorkerReporter:
     def _failure(self, reason: str) -> WorkerReport:
         return failure_of(self._owner, self._hostname, self._spec.id, reason)
 
-    def _end(self, answer: tuple[Orders, float] | None) -> None:
+    def _end(self, answer: tuple[Orders, float, float] | None) -> None:
         self._is_under_way = False
         if answer is not None:
-            orders, self.skew_seconds = answer
+            orders, self.skew_seconds, seconds = answer
+            self._newest_seconds.append(seconds)
             self._on_answer(orders)
 
 
@@ -148,8 +158,8 @@ class WorkerTroubles:
     def engine_ended(self, now: float, description: str) -> None:
         self._ended = now, description
 
-    def found(self, now: float, skew_seconds: float) -> dict[Trouble, str]:
-        """In words for operators."""
+    def found(self, now: float, skew_seconds: float, report_seconds: float) -> dict[Trouble, str]:
+        """In words for operators. `report_seconds`: how long the database takes for a report."""
         found = {}
         if self._ended is not None and now - self._ended[0] < ENDED_SECONDS:
             found[Trouble.ENGINE_ENDED] = f"its engine has ended: {self._ended[1]}"
@@ -157,9 +167,10 @@ class WorkerTroubles:
             found[Trouble.ENGINE_STUCK] = f"its engine: {doubt}"
         if self._dispatcher.redis_away_seconds > AWAY_SECONDS:
             found[Trouble.REDIS] = f"Redis has not answered it: {self._dispatcher.redis_error}"
-        if abs(skew_seconds) > MAX_SKEW_SECONDS:
-            direction = "behind" if skew_seconds > 0 else "ahead of"
-            found[Trouble.CLOCK] = f"its clock is {abs(skew_seconds):.1f} s {direction} the database's"
+        if report_seconds > SLOW_SECONDS:
+            found[Trouble.DATABASE] = f"the database takes {report_seconds:.1f} s for its report"
+        if (skew := told_skew(skew_seconds)) is not None:
+            found[Trouble.CLOCK] = skew
         if (lost := observability.lost_lines()) is not None:
             found[Trouble.LOG] = f"its log takes no lines: {lost}"
         return found

@@ -171,6 +171,10 @@ class RunnerThread:
         followed in the order in which they were written."""
         self._storage_thread.submit(write, lambda answer: self._reporter.beat_soon())
 
+    def forget_failure(self) -> None:
+        """The worker is stopped on purpose: nobody needs to mend what was wrong with its model here."""
+        self._failure = None
+
     def stop(self, release: bool) -> None:
         if release:
             self._batch.release_all()
@@ -209,7 +213,7 @@ class RunnerThread:
                 memory_bytes=self._meter.stats.memory_bytes or None,
                 load_share=self._supervisor.load_share,
                 ready_in_seconds=None if self._supervisor.ready else self._residence.seconds_until_ready(now),
-                troubles=self._troubles.found(now, self._reporter.skew_seconds),
+                troubles=self._troubles.found(now, self._reporter.skew_seconds, self._reporter.seconds),
             )
         elif self._failure is not None:
             self._reporter.fail(now, self._failure.reason)

@@ -105,6 +105,10 @@ class JobRunner:
         """Revoke an `order_drain`, whoever gave it."""
         self._runner.mailbox.post(self._runner.order_resume)
 
+    def forget_failure(self) -> None:
+        """Leave no reason behind why the model was given up, if it was."""
+        self._runner.mailbox.post(self._runner.forget_failure)
+
     def stop(self, *, release: bool) -> None:
         """End the thread and the engine process. With `release`, first put running jobs back into the queue. Blocks."""
         if not self._thread.is_alive():
@@ -146,6 +150,7 @@ class ModelRunners:
         on_unhealthy: Callable[[WorkerFailure], None],
     ) -> None:
         self._on_unhealthy = on_unhealthy
+        self._has_failed = False  # all of it, which is why it stops
         self.by_queue: dict[str, JobRunner] = {}
         for model in models:
             self.by_queue[model.queue] = make_runner(
@@ -189,6 +194,9 @@ class ModelRunners:
 
     def stop(self, *, release: bool) -> None:
         """Stop all of them, at the same time, since each may have an engine to wait for. Blocks."""
+        if not self._has_failed:
+            for runner in self.by_queue.values():
+                runner.forget_failure()
         stops = [
             Thread(target=runner.stop, kwargs={"release": release}, name="runner-stop", daemon=True)
             for runner in self.by_queue.values()
@@ -226,4 +234,5 @@ class ModelRunners:
         if failure.is_of_model and any(runner.is_healthy for runner in self.by_queue.values()):
             log.critical("this worker goes on without a model: %s", failure.reason, extra={"model": model_id})
         else:
+            self._has_failed = True
             self._on_unhealthy(failure)

@@ -323,7 +323,7 @@ class DispatchRequester:
         except ResponseError:  # it answers: what it refuses is seen by all others as well
             self._away_since = None
         except (RedisError, OSError) as exc:
-            self._away_since, self.redis_error = self._away_since or monotonic(), type(exc).__name__
+            self._away_since, self.redis_error = self._away_since or monotonic(), describe_exception(exc)
         else:
             self._away_since = None
 

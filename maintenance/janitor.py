@@ -101,6 +101,9 @@ PRUNE_SECONDS = 0.3  # in a tick; if more is due, the next tick continues, after
 
 EXPIRE_SECONDS = 0.3  # in a tick: claims read all jobs of a queue that are late, as long as they are in it
 
+PING_SECONDS = 5.0  # also without jobs to send
+AWAY_SECONDS = 5.0  # for which Redis has not answered, before it is told
+
 CHECK_EVERY_SECONDS = 60.0
 CHECK_SHARE = 0.01  # of the time, at most, for which the database is busy with the check, which reads unfinished jobs
 
@@ -159,6 +162,9 @@ class Janitor:
         self._due: Due | None = None  # None if it could not be read: then every rule looks for itself
         self._leases_as_of: datetime | None = None  # None while leases cannot be trusted
         self._has_redis = False  # whether Redis answered in this tick
+        self._ping_at = 0.0
+        self._redis_error = ""
+        self._redis_away_since: float | None = None  # monotonic
         self._has_cleared = False
 
     def tick(self) -> dict[str, int]:
@@ -282,11 +288,24 @@ class Janitor:
 
     def _ping_redis(self) -> int:
         self._has_redis = False
-        if not self._has_queued and self._has_cleared:
+        if not self._has_queued and self._has_cleared and monotonic() < self._ping_at:
             return 0
-        self._client.ping()
-        self._has_redis = True
+        self._ping_at = monotonic() + PING_SECONDS
+        try:
+            self._client.ping()
+        except (redis.RedisError, OSError) as exc:
+            self._redis_error = describe_exception(exc)
+            self._redis_away_since = self._redis_away_since or monotonic()
+            raise
+        self._has_redis, self._redis_away_since = True, None
         return 0
+
+    @property
+    def redis_trouble(self) -> str | None:
+        """In words for operators."""
+        if self._redis_away_since is None or monotonic() - self._redis_away_since < AWAY_SECONDS:
+            return None
+        return f"Redis has not answered it: {self._redis_error}"
 
     def _prune(self) -> int:
         """Delete what is due, in short transactions, of which each kind has one in turn."""

@@ -15,7 +15,7 @@ import socket
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from time import monotonic
+from time import monotonic, time
 from uuid import uuid4
 
 import redis
@@ -32,6 +32,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from api.connections import BoundedHttp, open_socket
+from domain.clocks import skew_seconds, told_skew
 from domain.jobs import AttemptOutcome
 from domain.troubles import Trouble
 from maintenance.archive import Archiver
@@ -86,6 +87,8 @@ class Maintenance:
         self._settings = settings
         self._stopping = asyncio.Event()
         self._archiver: Archiver | None = None
+        self._janitor: Janitor | None = None
+        self._skew_seconds = 0.0  # by how much the database's clock is ahead of ours
         name = f"maintenance {os.getpid()} on {socket.gethostname()}"
         self._report = ProcessReport(uuid4(), ProcessKind.MAINTENANCE, name, version("celeriac"))
         self.clocks = tuple(map(Clock, CLOCKS))
@@ -106,7 +109,7 @@ class Maintenance:
         )
         sessions = async_session_factory(database)
         sync_database = _open(settings)
-        janitor = Janitor(
+        janitor = self._janitor = Janitor(
             session_factory(sync_database), _redis_client(settings), catalog, settings, on_tick=self.janitor.tick
         )
         batches = BatchWork(session_factory(sync_database), views, settings, on_turn=self.batches.tick)
@@ -174,7 +177,9 @@ class Maintenance:
             try:
                 async with sessions.begin() as session:
                     await session.run_sync(record_ticks, ages)
-                    await session.run_sync(processes.beat, self._report, self._troubles())
+                    asked_at = time()
+                    clock = await session.run_sync(processes.beat, self._report, self._troubles())
+                    self._skew_seconds = skew_seconds(clock, asked_at, time())
                 is_known = True
             except Exception as exc:  # an outermost loop: the clocks go on and are recorded later
                 if not is_known and monotonic() - started > PATIENCE_SECONDS:
@@ -196,6 +201,10 @@ class Maintenance:
             found[Trouble.ARCHIVE.value] = self._archiver.trouble
         if (lost := lost_lines()) is not None:
             found[Trouble.LOG.value] = f"its log takes no lines: {lost}"
+        if self._janitor is not None and (away := self._janitor.redis_trouble) is not None:
+            found[Trouble.REDIS.value] = away
+        if (skew := told_skew(self._skew_seconds)) is not None:
+            found[Trouble.CLOCK.value] = skew
         return found
 
     async def _rest(self, seconds: float) -> None:

@@ -45,20 +45,20 @@ class ProcessReport:
     release: str
 
 
-def beat(session: Session, report: ProcessReport, troubles: Mapping[str, str]) -> None:
-    """Report that it runs. Drops those that are long gone."""
+def beat(session: Session, report: ProcessReport, troubles: Mapping[str, str]) -> float:
+    """Report that it runs. Drops those that are long gone. Returns the database's clock, in seconds since 1970."""
     statement = insert(RunningProcess).values(
         id=report.id, kind=report.kind.value, name=report.name, release=report.release, troubles=dict(troubles)
     )
-    session.execute(
-        statement.on_conflict_do_update(
-            index_elements=[RunningProcess.id],
-            set_={"seen_at": func.statement_timestamp(), "troubles": statement.excluded.troubles},
-        )
+    upsert = statement.on_conflict_do_update(
+        index_elements=[RunningProcess.id],
+        set_={"seen_at": func.statement_timestamp(), "troubles": statement.excluded.troubles},
     )
+    clock = session.execute(upsert.returning(func.extract("epoch", func.clock_timestamp()))).scalar_one()
     long_ago = text(f"seen_at < {CLOCK} - make_interval(secs => {FORGET_SECONDS})")
     silent = select(RunningProcess.id).where(long_ago).with_for_update(skip_locked=True)  # or two wait for each other
     session.execute(delete(RunningProcess).where(RunningProcess.id.in_(silent)))
+    return float(clock)
 
 
 def list_live(session: Session) -> Sequence[RunningProcess]:

@@ -448,6 +448,7 @@ class Worker(Row):
     hostname: Mapped[str]  # the Celery node name
     model: Mapped[str]
     model_revision: Mapped[str | None]  # None: from a release that did not report it
+    release: Mapped[str | None]  # of this software; None: of one that did not report it
     max_num_seqs: Mapped[int]
     num_running: Mapped[int] = mapped_column(server_default="0")
     tokens_per_second: Mapped[float] = mapped_column(Double, server_default="0")

@@ -18,6 +18,8 @@ DISK_FULL, READ_ONLY = "53100", "25006"  # SQLSTATEs
 
 BUSY_CONNECTIONS = 0.9  # of those that PostgreSQL gives us
 WAIT_SECONDS = 2.0  # a lock that is waited for longer than this is worth naming
+OPEN_SECONDS = 3600.0  # a transaction that has been open for longer is one that somebody forgot
+KEPT_BYTES = 2.0**30  # of the log, for a replica that is away
 SILENT_SECONDS = 10.0  # a worker reports every two seconds
 
 BOUND = {"silent_seconds": SILENT_SECONDS, "live_seconds": LIVE_SECONDS, "forget_seconds": FORGET_SECONDS}
@@ -80,6 +82,26 @@ WHERE p.seen_at > {CLOCK} - make_interval(secs => :live_seconds)
 ORDER BY code, name
 """)  # noqa: S608  (CLOCK is a constant)
 
+# What fills the disk and slows queries down, days later. Another user's transactions have no begin for those who may
+# not see it.
+OPEN_TRANSACTION = text("""
+SELECT pid, coalesce(application_name, '') AS application,
+    extract(epoch FROM clock_timestamp() - xact_start)::float8 AS seconds
+FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'
+    AND pid <> pg_backend_pid() AND xact_start < clock_timestamp() - make_interval(secs => :seconds)
+ORDER BY xact_start LIMIT 1
+""")
+KEPT_LOG = text("""
+SELECT slot_name, pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn)::float8 AS bytes FROM pg_replication_slots
+WHERE NOT active AND pg_wal_lsn_diff(pg_current_wal_lsn(), restart_lsn) > :bytes ORDER BY bytes DESC LIMIT 1
+""")
+UNVACUUMED = text("""
+SELECT c.relname FROM pg_class c WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind = 'r'
+    AND EXISTS (SELECT FROM pg_options_to_table(c.reloptions) o
+        WHERE o.option_name = 'autovacuum_enabled' AND NOT o.option_value::boolean)
+ORDER BY c.relname
+""")
+
 # Emptied at each commit, so that each insert makes its file one page longer, which takes room on the disk.
 MAKE_PROBE = text("CREATE TEMPORARY TABLE IF NOT EXISTS celeriac_room (filler text) ON COMMIT DELETE ROWS")
 PROBE = text("INSERT INTO celeriac_room VALUES ('x')")
@@ -127,6 +149,14 @@ class SilentProcess:
 
 
 @dataclass(frozen=True, slots=True)
+class Neglect:
+    """What does no harm today."""
+
+    seen: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
 class Told:
     """What a process tells of itself. `code` may be one that only another release knows."""
 
@@ -144,6 +174,28 @@ def server_state(session: Session) -> ServerState:
 def blockers(session: Session) -> list[Blocker]:
     """The sessions for whose locks others have been waiting for WAIT_SECONDS; the one that stops most comes first."""
     return [Blocker(**row._asdict()) for row in session.execute(BLOCKERS, {"seconds": WAIT_SECONDS})]
+
+
+def neglects(session: Session, *, open_seconds: float = OPEN_SECONDS, kept_bytes: float = KEPT_BYTES) -> list[Neglect]:
+    """What keeps PostgreSQL from clearing up. Not for a standby."""
+    found = []
+    if "off" in session.execute(text("SELECT current_setting('autovacuum'), current_setting('track_counts')")).one():
+        remedy = "set autovacuum = on and track_counts = on, or its tables grow without end"
+        found.append(Neglect("PostgreSQL vacuums nothing by itself", remedy))
+    if tables := session.scalars(UNVACUUMED).all():
+        remedy = "ALTER TABLE … RESET (autovacuum_enabled), or they grow without end"
+        found.append(Neglect(f"PostgreSQL does not vacuum {', '.join(tables)} by itself", remedy))
+    if (row := session.execute(OPEN_TRANSACTION, {"seconds": open_seconds}).one_or_none()) is not None:
+        whose = f"{row.pid} ({row.application})" if row.application else str(row.pid)
+        seen = f"a transaction of PostgreSQL's process {whose} has been open for {row.seconds / 60:.0f} minutes"
+        remedy = f"end it, such as with SELECT pg_terminate_backend({row.pid}), or no table can be vacuumed"
+        found.append(Neglect(seen, remedy))
+    if (row := session.execute(KEPT_LOG, {"bytes": kept_bytes}).one_or_none()) is not None:
+        size = f"{row.bytes / 2**30:.1f} GiB of its log"
+        seen = f"PostgreSQL keeps {size} for the slot {row.slot_name}, whose replica is away"
+        remedy = f"start that, or SELECT pg_drop_replication_slot('{row.slot_name}'), before its disk is full"
+        found.append(Neglect(seen, remedy))
+    return found
 
 
 def schema_revisions(session: Session) -> tuple[str | None, str]:

@@ -10,6 +10,7 @@ outlives the worker's process, since a restart must not undo it.
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from importlib.metadata import version
 from uuid import UUID
 
 from sqlalchemy import ColumnElement, delete, func, select, text
@@ -79,6 +80,8 @@ LIVE_SECONDS = 15.0  # a worker that has not reported for this long counts as go
 
 FORGET_SECONDS = 3600.0
 
+RELEASE = version("celeriac")
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerReport:
@@ -97,6 +100,7 @@ class WorkerReport:
     cache_usage: float | None = None  # share of the engine's key/value cache, 0 to 1; None: unknown
     memory_bytes: int | None = None  # of the device that the engine holds, or else its own; None: unknown
     troubles: dict[str, str] = field(default_factory=dict)  # by domain/troubles.py; an operator may read the words
+    release: str = RELEASE  # of this software
 
 
 @dataclass(frozen=True, slots=True)

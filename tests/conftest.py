@@ -103,7 +103,7 @@ def server_folder() -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def postgres_server(server_folder: Path) -> Iterator[EmbeddedPostgres]:
     settings = {"fsync": "off", "full_page_writes": "off"}  # a test's database need not survive a power cut
-    settings["autovacuum"] = "off"  # so that nothing changes between two tests
+    settings["autovacuum_naptime"] = "1d"  # so that nothing changes between two tests; to be off would be a trouble
     with EmbeddedPostgres(server_folder / "postgres", settings=settings) as server:
         yield server
 

@@ -13,6 +13,7 @@ from redis.retry import Retry
 from celeriac.examination.results import CheckResult, clock_result, fail, ok, warn
 from domain.addresses import RedisUrl, is_loopback
 from settings import Settings
+from storage import certificates
 
 MIN_REDIS = (6, 2)
 ANSWER_SECONDS = 5.0
@@ -46,6 +47,11 @@ def broker_results(settings: Settings) -> Iterator[CheckResult]:
             yield from _server_results(client, settings.redis_parts)
             yield _permission_result(client)
             yield _write_result(client)
+        server = certificates.redis_server(settings.redis_parts)
+        if server is not None and (seen := server.expires_soon()) is not None:
+            yield warn("certificates", seen, certificates.RENEW)
+    except ResponseError as exc:
+        yield fail("Redis", f"it refuses us: {exc}", "see its log and its ACL; its disk may be full")
     except (redis.RedisError, OSError) as exc:
         remedy = "start it with celeriac up, or check CELERIAC_REDIS_URL: host, password, and rediss:// for TLS"
         yield fail("Redis", f"it refuses us: {exc}", remedy)
@@ -86,7 +92,7 @@ def _memory_result(info: dict[str, Any]) -> CheckResult:
     used, allowed = int(info.get("used_memory", 0)), int(info.get("maxmemory", 0))
     policy = info.get("maxmemory_policy", "noeviction")
     seen = f"{used / 2**20:,.0f} MiB used" + (f" of {allowed / 2**20:,.0f} MiB" if allowed else "") + f", {policy}"
-    if policy != "noeviction":
+    if policy != "noeviction":  # also without a limit, which may be set while it runs
         return warn("memory of Redis", seen, "CONFIG SET maxmemory-policy noeviction, or it may silently drop queues")
     if allowed and used > FULL * allowed:
         return warn("memory of Redis", seen, "raise maxmemory, or see in celeriac top why so much waits")

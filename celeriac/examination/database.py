@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from datetime import datetime
 from importlib.metadata import version
 
 from sqlalchemy import Connection, create_engine, text
@@ -13,7 +14,7 @@ from celeriac.examination.results import CheckResult, clock_result, fail, ok, wa
 from domain.jobs import WorkerState
 from domain.troubles import WORDS, Trouble
 from settings import Settings
-from storage import job_queues, maintenance, processes, row_security, troubles, workers
+from storage import certificates, job_queues, maintenance, processes, row_security, troubles, workers
 from storage.database import CONNECT_ARGS, MIGRATIONS, SharedSessions, database_url, refuse_shared_sessions
 from storage.tables import Worker
 
@@ -81,6 +82,9 @@ def _server_results(connection: Connection, seconds: float) -> Iterator[CheckRes
         yield warn("database", f"{seen}; a crash may lose accepted jobs", "set fsync = on and synchronous_commit = on")
     else:
         yield ok("database", seen)
+    server = certificates.postgres_server(connection)
+    if server is not None and (expires := server.expires_soon()) is not None:
+        yield warn("certificates", expires, certificates.RENEW)
     asked_at = time.time()
     server_time = float(connection.scalar(text("SELECT extract(epoch FROM clock_timestamp())")) or 0)
     yield clock_result("clock of the database", server_time, asked_at, time.time(), "run NTP on both machines")
@@ -100,6 +104,8 @@ def _trouble_results(session: Session) -> Iterator[CheckResult]:
         yield fail("locks", seen, f"end what it does, or SELECT pg_terminate_backend({blocker.pid})")
     if not state.is_standby:
         yield _write_result(session)
+        for neglect in troubles.neglects(session):
+            yield warn("upkeep", neglect.seen, neglect.remedy)
 
 
 def _write_result(session: Session) -> CheckResult:
@@ -185,16 +191,28 @@ def _process_results(session: Session) -> Iterator[CheckResult]:
         yield warn("workers", seen, remedy)
     for process in troubles.silent_processes(session):
         yield warn("processes", f"{process.name} has been silent for {process.seconds:.0f} s", remedy)
-    for running in processes.list_live(session):
-        if running.release != version("celeriac"):
-            seen = f"{running.name} runs release {running.release}, and this is {version('celeriac')}"
-            yield warn("processes", seen, "restart it after an upgrade")
+    yield from _release_results(session)
     for told in troubles.told_troubles(session):
         if told.code in set(Trouble):
             of = f" ({told.model})" if told.model else ""
             yield warn(
                 "workers" if told.model else "processes", f"{told.name}{of}: {told.words}", WORDS[Trouble(told.code)][1]
             )
+
+
+def _release_results(session: Session) -> Iterator[CheckResult]:
+    """Those that were not started again after an upgrade, or were upgraded before this installation."""
+    running: list[tuple[str, str, str | None, datetime]] = [
+        ("workers", f"{worker.hostname} ({worker.model})", worker.release, worker.started_at)
+        for worker in workers.list_live(session)
+    ]
+    running += [("processes", one.name, one.release, one.started_at) for one in processes.list_live(session)]
+    own = version("celeriac")
+    for name, who, release, started_at in running:
+        if release != own:
+            since = f"since {started_at:%Y-%m-%d %H:%M} UTC"
+            seen = f"{who} has run {release or 'an older release'} {since}, and this is {own}"
+            yield warn(name, seen, "restart it, so that all run the same; an upgrade may leave both for a while")
 
 
 def worker_result(

@@ -25,6 +25,10 @@ max_model_len = 4096
 max_num_seqs = 8
 [models.fake]
 step_seconds = 0.02
+crash_at_token = 3
+crash_seed = 666
+crash_how = "raise"
+oom_above_n = 4
 
 [[models]]
 id = "unserved"
@@ -32,13 +36,15 @@ path = "none"
 backend = "fake"
 max_model_len = 4096
 """
+LINKED = ("api-1", "gpu-1", "maintenance")
 WELL_SECONDS = 3.0  # for which nothing may be said before the next cause
 Undo = Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """`health`, `doctor` and `alert` are patterns of what each must say; None: by design, it says nothing of it."""
+    """`health`, `doctor` and `alert` are patterns of what each must say; None: by design, it says nothing of it.
+    `tenant` is what a tenant is told when `as_tenant` asks, of what only it can mend."""
 
     name: str
     act: Callable[["Scene"], Undo]
@@ -46,12 +52,14 @@ class Cause:
     doctor: str | None
     alert: str | None
     needs_small_disk: bool = False
+    tenant: str | None = None
+    as_tenant: Callable[["Scene"], str] = lambda scene: ""
     doctor_api: int = 0  # the number of the API that the doctor is told of
 
 
 class Scene:
-    """The running system and the links before it. `api-1` and `gpu-1` reach their servers through links of their own,
-    which can be cut; the others reach them directly."""
+    """The running system and the links before it. Those of LINKED reach their servers through links of their own, which
+    can be cut; the others reach them directly."""
 
     def __init__(self, plant: Plant, *, has_small_disk: bool) -> None:
         self.plant = plant
@@ -64,7 +72,7 @@ class Scene:
         self._thread.start()
         self.plant.start_servers()
         postgres_socket = Path(self.plant.postgres.url.partition("host=")[2]) / ".s.PGSQL.5432"
-        for part in ("api-1", "gpu-1"):
+        for part in LINKED:
             self._open(f"{part} to postgres", postgres_socket)
             self._open(f"{part} to redis", host_and_port(self.plant.redis.url))
         self.plant.start_parts(database_url=self._database_url, redis_url=self._redis_url)

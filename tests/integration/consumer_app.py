@@ -95,6 +95,9 @@ class LedgerRunner:
     def order_resume(self) -> None:
         self._is_draining, self._release_at = False, float("inf")
 
+    def forget_failure(self) -> None:
+        """Nothing has failed."""
+
     def stop(self, *, release: bool) -> None:
         self._is_stopped.set()
         self._thread.join()

@@ -145,7 +145,24 @@ def test_processes_are_named_with_what_they_tell_and_with_another_release(
     assert "w2 (tiny): its engine has ended: killed" in [check["seen"] for check in found(answer, "workers")]
     seen = [check["seen"] for check in found(answer, "processes")]
     assert "maintenance 7 on here: the archive at s3://b cannot be used" in seen
-    assert any(one.startswith("maintenance 7 on here runs release 0.0.1") for one in seen)
+    assert any(one.startswith("maintenance 7 on here has run 0.0.1 since 20") for one in seen)
+
+
+@pytest.mark.usefixtures("well")
+def test_a_worker_of_another_release_is_named_with_its_start(
+    doctor: Doctor, session_factory: sessionmaker[Session]
+) -> None:
+    old = WorkerReport(uuid4(), "w2", "tiny", 4, 0, 0.0, release="0.0.1")
+    with session_factory.begin() as session:
+        workers.heartbeat(session, old)
+        session.execute(text("UPDATE workers SET started_at = '2026-01-02 03:04Z' WHERE hostname = 'w2'"))
+    warned = [check for check in found(doctor(), "workers") if check["level"] != "ok"]
+    [about] = warned
+    assert about["seen"].startswith("w2 (tiny) has run 0.0.1 since 2026-01-02 03:04 UTC, and this is ")
+    assert about["remedy"].startswith("restart it")
+    with session_factory.begin() as session:
+        session.execute(text("UPDATE workers SET release = NULL WHERE hostname = 'w2'"))
+    assert any("w2 (tiny) has run an older release since" in check["seen"] for check in found(doctor(), "workers"))
 
 
 def test_servers_that_do_not_answer_are_named(doctor: Doctor) -> None:

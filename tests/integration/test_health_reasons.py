@@ -53,6 +53,38 @@ def test_a_full_redis_is_named_and_jobs_are_accepted(
     wait_until(lambda: http.get("/health").json()["redis"] == "ok")
 
 
+def test_a_redis_that_may_drop_what_it_holds_is_named(told: Callable[[str, ReasonCode], None], redis_url: str) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        client.config_set("maxmemory", 10**9)
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        try:
+            told("its maxmemory-policy is allkeys-lru", ReasonCode.REDIS_EVICTS)
+        finally:
+            client.config_set("maxmemory-policy", "noeviction")
+            client.config_set("maxmemory", 0)
+
+
+def test_what_keeps_postgresql_from_clearing_up_is_named(
+    session_factory: sessionmaker[Session], database_url: str
+) -> None:
+    with session_factory() as session, psycopg.connect(f"{database_url}&application_name=somebody") as somebody:
+        assert troubles.neglects(session) == []
+        session.rollback()  # or it sees what ran when it first looked
+        somebody.execute("SELECT 1")
+        pid = somebody.info.backend_pid
+        seen = [one.seen for one in troubles.neglects(session, open_seconds=0)]
+        assert f"a transaction of PostgreSQL's process {pid} (somebody) has been open for 0 minutes" in seen
+        session.execute(text("ALTER TABLE api_keys SET (autovacuum_enabled = off)"))
+        session.execute(text("SELECT pg_create_physical_replication_slot('gone', true)"))
+        try:
+            seen = [one.seen for one in troubles.neglects(session, kept_bytes=-1)]
+        finally:
+            session.execute(text("SELECT pg_drop_replication_slot('gone')"))
+            session.rollback()
+        assert "PostgreSQL does not vacuum api_keys by itself" in seen
+        assert "PostgreSQL keeps 0.0 GiB of its log for the slot gone, whose replica is away" in seen
+
+
 def test_who_holds_a_lock_is_named(
     http: httpx.Client, told: Callable[[str, ReasonCode], None], database_url: str
 ) -> None:
@@ -99,6 +131,8 @@ def test_what_a_worker_tells_of_itself_is_a_reason_and_the_words_are_the_operato
 ) -> None:
     beat(session_factory, "gpu-1@here", troubles={"process_redis": "secret words", "of_the_next_release": "?"})
     told("a worker of fake cannot reach Redis: see the network", ReasonCode.PROCESS_REDIS)
+    beat(session_factory, "gpu-2@here", troubles={"process_database": "the database takes 2.0 s for its report"})
+    told("a worker of fake waits long for the database", ReasonCode.PROCESS_DATABASE)
     assert "secret words" not in http.get("/health").text
     [model] = [model for model in http.get("/v1/admin/models").json()["data"] if model["workers"]]
     assert model["workers"][0]["troubles"]["process_redis"] == "secret words"

@@ -269,6 +269,21 @@ def test_redis_away_holds_a_tick_up_once(
     assert "'dispatched" not in caplog.text
 
 
+def test_a_redis_that_is_away_is_told_until_it_is_back(
+    janitor: Janitor, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for constant in ("PING_SECONDS", "AWAY_SECONDS"):
+        monkeypatch.setattr(f"maintenance.janitor.{constant}", 0.0)
+    janitor.tick()
+    assert janitor.redis_trouble is None
+    with redis.Redis(port=1) as nobody, monkeypatch.context() as away:
+        away.setattr(janitor, "_client", nobody)
+        janitor.tick()  # also with nothing to send
+        assert str(janitor.redis_trouble).startswith("Redis has not answered it: ConnectionError")
+    janitor.tick()
+    assert janitor.redis_trouble is None
+
+
 def test_a_job_without_progress_under_a_living_lease_is_taken_away(
     janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session]
 ) -> None:

@@ -14,10 +14,11 @@ import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus, Lane
+from domain.troubles import Trouble
 from gpu_worker import quarantine, runner
 from gpu_worker.quarantine import QuarantineRules
 from gpu_worker.threads import RunnerEventKind
-from storage import job_queries, jobs
+from storage import job_queries, jobs, troubles
 from storage.job_statements import PROVEN_TOKENS
 from tests.integration.runner_harness import MODEL, RecordingRunner, Rig
 from tests.waiting import wait_until
@@ -254,6 +255,23 @@ def test_an_engine_that_cannot_start_makes_the_worker_unhealthy_not_the_jobs(rig
     assert "no_such_knob" in failure.reason
     assert worker.runner.num_free == 0
     assert (rig.job(job_id).status, rig.job(job_id).attempt) == (JobStatus.QUEUED, 0)
+    wait_until(lambda: told_of(rig) == [Trouble.MODEL], "it tells why")
+    worker.runner.stop(release=True)
+    assert told_of(rig) == [Trouble.MODEL], "also after its end, as of one that ended by itself"
+
+
+def test_a_worker_that_is_stopped_on_purpose_takes_along_why_it_gave_a_model_up(rig: Rig) -> None:
+    rig.write_catalog(no_such_knob=1)
+    worker = rig.start(wait=False)
+    wait_until(lambda: told_of(rig) == [Trouble.MODEL], "it tells why")
+    worker.runner.forget_failure()
+    worker.runner.stop(release=True)
+    assert told_of(rig) == []
+
+
+def told_of(rig: Rig) -> list[str]:
+    with rig.sessions() as session:
+        return [told.code for told in troubles.told_troubles(session)]
 
 
 def test_a_model_that_was_given_up_after_crashes_is_tried_again(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,18 @@ WHERE = 'connection failed: connection to server at "10.1.2.3", port 5432 failed
         ("Connection refused", ReasonCode.DATABASE_UNAVAILABLE, "nothing listens there"),
         ("FATAL:  sorry, too many clients already", ReasonCode.DATABASE_CONNECTIONS, "raise its max_connections"),
         ("FATAL:  the database system is starting up", ReasonCode.DATABASE_UNAVAILABLE, "it is starting"),
+        ("fe_sendauth: no password supplied", ReasonCode.DATABASE_UNAVAILABLE, "refuses our user"),
         ('FATAL:  password authentication failed for user "x"', ReasonCode.DATABASE_UNAVAILABLE, "refuses our user"),
         ('FATAL:  pg_hba.conf rejects connection for host "10.1.2.3"', ReasonCode.DATABASE_UNAVAILABLE, "our address"),
         ('FATAL:  database "x" does not exist', ReasonCode.DATABASE_UNAVAILABLE, "no such database"),
         ('FATAL:  role "x" does not exist', ReasonCode.DATABASE_UNAVAILABLE, "no such user"),
         ("SSL connection has been closed unexpectedly", ReasonCode.DATABASE_UNAVAILABLE, "it ended or is cut off"),
         ("SSL error: certificate verify failed", ReasonCode.DATABASE_UNAVAILABLE, "TLS fails"),
+        (
+            "failed to resolve host 'db.here': [Errno -2] Name or service not known",
+            ReasonCode.DATABASE_UNAVAILABLE,
+            "its name is not known",
+        ),
         ("something new", ReasonCode.DATABASE_UNAVAILABLE, "hangs or is cut off"),
     ],
 )
@@ -46,6 +52,9 @@ def test_processes_that_are_silent_or_troubled_are_counted_and_not_named() -> No
     told = [Told("worker", name, "m", "process_redis", "words") for name in ("w1", "w2")]
     assert [reason.code for reason in told_reasons(told, set())] == [ReasonCode.PROCESS_REDIS]
     assert list(told_reasons(told, {ReasonCode.REDIS_UNAVAILABLE})) == [], "which is everybody's trouble"
+    slow = [Told("worker", "w1", "m", "process_database", "words")]
+    assert [reason.code for reason in told_reasons(slow, set())] == [ReasonCode.PROCESS_DATABASE]
+    assert list(told_reasons(slow, {ReasonCode.DATABASE_SLOW})) == [], "also this"
 
 
 def test_every_trouble_has_words_and_a_code_of_the_metric() -> None:

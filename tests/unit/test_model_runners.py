@@ -30,11 +30,18 @@ class Runner:
 
     def __init__(self, **given: Any) -> None:
         self.is_healthy = True
+        self.leaves_reason = False
         self._on_unhealthy = given["on_unhealthy"]
 
     def fail(self, failure: WorkerFailure) -> None:
-        self.is_healthy = False
+        self.is_healthy, self.leaves_reason = False, True
         self._on_unhealthy(failure)
+
+    def forget_failure(self) -> None:
+        self.leaves_reason = False
+
+    def stop(self, *, release: bool) -> None:
+        assert release
 
 
 @pytest.mark.parametrize("failure", [CRASHES, CANNOT_LOAD])
@@ -54,6 +61,15 @@ def test_a_failure_that_is_not_the_models_ends_the_worker() -> None:
     _, (one, _), failures = start()
     one.fail(BUG)
     assert failures == [BUG]
+
+
+def test_only_a_worker_that_ends_of_it_leaves_the_reason() -> None:
+    for failed, is_left in (([CANNOT_LOAD], False), ([CANNOT_LOAD, BUG], True)):
+        runners, both, _ = start()
+        for runner, failure in zip(both, failed, strict=False):
+            runner.fail(failure)
+        runners.stop(release=True)
+        assert both[0].leaves_reason is is_left
 
 
 class TestAModelThatWasGivenUp:
