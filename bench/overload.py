@@ -13,10 +13,10 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,7 @@ async def run(system: TenantSystem, given: argparse.Namespace) -> dict[str, Any]
         "goodput_share": round(figures["goodput_per_second"] / peak, 3),
         "refused_p50_ms": round(1000 * percentile(refused, 0.5), 1),
         "refused_p99_ms": round(1000 * percentile(refused, 0.99), 1),
+        "refused_p99_ms_by_fifth": [round(1000 * percentile(part, 0.99), 1) for part in fifths(refused)],
         "accepted_p99_ms": round(1000 * percentile(accepted, 0.99), 1),
         "num_accepted": len(arrivals.accepted),
         "num_not_completed": shed,
@@ -205,6 +206,12 @@ async def run(system: TenantSystem, given: argparse.Namespace) -> dict[str, Any]
         "generator_late_ms": round(1000 * arrivals.max_late_seconds, 1),
         **recovered,
     }
+
+
+def fifths(values: Sequence[float]) -> list[Sequence[float]]:
+    """In their order: what grows with time does so from one to the next."""
+    bounds = [len(values) * number // 5 for number in range(6)]
+    return [values[first:last] for first, last in pairwise(bounds) if first < last]
 
 
 async def not_completed(clients: dict[str, httpx.AsyncClient], arrivals: Arrivals) -> int:
@@ -227,7 +234,8 @@ def show(figures: dict[str, Any]) -> None:
         f"{figures['goodput_per_second']} jobs/s, {figures['goodput_share']:.1%}"
     )
     print(
-        f"refusals p50 {figures['refused_p50_ms']} ms, p99 {figures['refused_p99_ms']} ms; accepts p99 "
+        f"refusals p50 {figures['refused_p50_ms']} ms, p99 {figures['refused_p99_ms']} ms "
+        f"(in fifths of the time: {figures['refused_p99_ms_by_fifth']}); accepts p99 "
         f"{figures['accepted_p99_ms']} ms; {figures['statuses']}; the generator was up to "
         f"{figures['generator_late_ms']} ms late"
     )

@@ -28,20 +28,24 @@ from tests.chaos.plant import Plant
 from tests.waiting import wait_until
 
 MODEL = "fake"
+SECOND_MODEL = "second"  # like it, where a worker is given both
 UNSERVED_MODEL = "celeriac-mini"  # its grammars are compiled, its jobs wait: the fake one has no vocabulary
 NUM_SLOTS = 4
 STEP_SECONDS = 0.02
 PATIENCE_SECONDS = 120.0
 
-MODELS = f"""
+_FAKE = """
 [[models]]
-id = "{MODEL}"
+id = "{id}"
 path = "none"
 backend = "fake"
 max_model_len = 1024
-max_num_seqs = {NUM_SLOTS}
-fake = {{ step_seconds = {STEP_SECONDS} }}
+max_num_seqs = {num_slots}
+fake = {{ step_seconds = {step_seconds} }}
+"""
 
+MODELS = f"""
+{"".join(_FAKE.format(id=id, num_slots=NUM_SLOTS, step_seconds=STEP_SECONDS) for id in (MODEL, SECOND_MODEL))}
 [[models]]
 id = "{UNSERVED_MODEL}"
 path = "{ROOT}/models/celeriac-mini"
@@ -134,11 +138,17 @@ def cpu_seconds_of(pid: int) -> float:
 
 @contextmanager
 def running_system(
-    folder: Path, weights: Mapping[str, float], *, settings: Mapping[str, object] | None = None
+    folder: Path,
+    weights: Mapping[str, float],
+    *,
+    settings: Mapping[str, object] | None = None,
+    models: str = MODELS,
+    served: Sequence[str] = (MODEL,),
 ) -> Iterator[TenantSystem]:
-    """PostgreSQL, Redis, an API process, maintenance and a worker, with a tenant for each of `weights`."""
+    """PostgreSQL, Redis, an API process, maintenance and a worker of the `served` models, with a tenant for each of
+    `weights`."""
     settings = {"auth": "api_key", "log_level": "WARNING"} | dict(settings or {})
-    with Plant(folder, models=MODELS, worker_models={"gpu-1": MODEL}, settings=settings) as plant:
+    with Plant(folder, models=models, worker_models={"gpu-1": served}, settings=settings) as plant:
         plant.start_servers()
         database = open_database(plant.postgres.url)
         with session_factory(database).begin() as session:

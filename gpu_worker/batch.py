@@ -166,20 +166,17 @@ class RunningBatch:
     def absorb(self, done: StepDone) -> None:
         """Add a step's outputs to their jobs. Outputs of jobs that have left in the meantime are ignored."""
         now = monotonic()
-        resumed: set[RunningJob] = set()  # those that were paused and have their first output since
         self._charge(done.stats.step_seconds)
         gaps: Counter[float] = Counter()  # seconds since a sequence's last output; equal for all that decode together
         for output in done.outputs:
             self.num_tokens += len(output.token_ids)
             if (job := self._running(output)) is not None:
                 self._note_output(job, now)
+                if job.claimed.seconds_paused is not None:
+                    self._num_recomputed_tokens.inc(job.num_recomputed_tokens(output))
                 if output.token_ids and (gap := job.hear(output.index, now)) is not None:
                     gaps[gap] += 1
                 job.absorb(output)
-                if job.claimed.seconds_paused is not None and job.first_output_at == now:
-                    resumed.add(job)
-        for job in resumed:
-            self._num_recomputed_tokens.inc(job.num_recomputed_tokens)
         for gap, count in gaps.items():
             self._latency.observe_many(gap, count)
         for vectors in done.embeddings:

@@ -130,11 +130,13 @@ class RunningJob:
     def num_sequences(self) -> int:
         return len(self.sequences)
 
-    @property
-    def num_recomputed_tokens(self) -> int:
-        """The tokens of earlier attempts, and of the prompt, that this one had to compute again."""
-        num_known = len(self.claimed.prompt_token_ids) + self._num_inherited_tokens
-        return max(0, num_known - self.num_cached_tokens)
+    def num_recomputed_tokens(self, output: SequenceOutput) -> int:
+        """The tokens of its prompt and of earlier attempts that a sequence had to compute again. They count with its
+        first output; 0 for any other, and for a sequence that has just begun."""
+        sequence = self.sequences[output.index]
+        if sequence.heard_at is not None or not sequence.token_ids or not output.token_ids:
+            return 0
+        return max(0, len(self.claimed.prompt_token_ids) + len(sequence.token_ids) - output.num_cached_tokens)
 
     @property
     def num_completion_tokens(self) -> int:

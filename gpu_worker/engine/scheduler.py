@@ -218,6 +218,9 @@ class Scheduler:
             if parent is not None and parent.num_computed_tokens < parent.num_prompt_tokens:
                 is_blocked = False
                 continue  # a sibling is computing the same prompt: wait, then fork it
+            # One that goes on may have its output in the prefix cache, too; a sibling has only the prompt.
+            if parent is not None and sequence.num_output_tokens and self.pool.use_prefix_cache:
+                parent = None
             if not (self._fork(parent, sequence, output) if parent else self._enter(sequence)):
                 return is_blocked
             self.waiting.remove(sequence)

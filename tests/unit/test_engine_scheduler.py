@@ -143,6 +143,22 @@ def test_a_sibling_whose_parent_is_gone_computes_the_prompt_itself() -> None:
     assert sizes(step(scheduler)) == {second: 2}  # the rest came from the prefix cache
 
 
+def test_siblings_that_go_on_find_their_own_output_in_the_cache() -> None:
+    """Not only the prompt, which is all that they have in common."""
+    scheduler = make_scheduler(budget=64)
+    siblings = make_sequences([7] * 8, n=2)
+    for sequence in siblings:
+        scheduler.add(sequence)
+    step(scheduler)
+    siblings[0].append(66)  # from here on they differ
+    siblings[0].num_computed_tokens += 1
+    for _ in range(8):
+        step(scheduler)
+    for sequence in siblings:
+        scheduler.preempt(sequence)
+    assert all(size <= 4 for size in sizes(step(scheduler)).values()), "less than a block of each is computed again"
+
+
 def test_without_forks_every_sibling_computes_the_prompt() -> None:
     scheduler = make_scheduler(budget=2**31, can_fork=False)
     siblings = make_sequences([7] * 10, n=2)

@@ -7,6 +7,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from domain.jobs import FinishReason
+from domain.requests import TokenChunk
 from gpu_worker.batch import RunningBatch
 from gpu_worker.commits import FlushPacer
 from gpu_worker.engine_process.frames import EngineStats, StepDone
@@ -192,7 +193,11 @@ def test_a_slot_is_free_as_soon_as_the_engine_is_done_with_it() -> None:
 
 
 def test_what_a_resumed_job_had_to_compute_again_is_what_the_cache_did_not_have() -> None:
-    job = make_running()
-    assert job.num_recomputed_tokens == 3
-    job.absorb(make_output(job, "x", num_cached_tokens=2))
-    assert job.num_recomputed_tokens == 1
+    """Of each of its texts, once."""
+    chunks = [TokenChunk(sequence_number=index + 1, index=index, text="", token_ids=(5, 6)) for index in range(2)]
+    job = make_running(n=3, committed_chunks=chunks)  # the third has not begun
+    outputs = [make_output(job, "x", index=index, num_cached_tokens=number) for index, number in enumerate((4, 1, 0))]
+    assert [job.num_recomputed_tokens(output) for output in outputs] == [1, 4, 0]
+    for output in outputs:
+        job.hear(output.index, 1.0)
+    assert [job.num_recomputed_tokens(output) for output in outputs] == [0, 0, 0]
