@@ -134,7 +134,10 @@ async def polls(client: httpx.AsyncClient) -> list[float]:
 
 
 async def embeddings(client: httpx.AsyncClient) -> list[float]:
-    return [await timed(lambda: _embed(client, 1)) for _ in range(3)]
+    async def embed_one() -> None:
+        (await _embed(client, 1)).raise_for_status()
+
+    return [await timed(embed_one) for _ in range(3)]
 
 
 async def _embed(client: httpx.AsyncClient, num_inputs: int) -> httpx.Response:
@@ -293,6 +296,12 @@ async def noise_of_embeddings(client: httpx.AsyncClient) -> None:
     await at_once(32, lambda: _embed(client, 64))
 
 
+async def noise_of_large_embeddings(client: httpx.AsyncClient) -> None:
+    """As much text as fits into a request: a thousand steps of the engine beside texts."""
+    body = {"model": MODEL, "input": [[65] * 240] * 1_200}
+    await at_once(8, lambda: client.post("/v1/embeddings", json=body))
+
+
 async def noise_of_sequences(client: httpx.AsyncClient) -> None:
     """Jobs of which each takes all slots."""
     await submit_many(client, 100, NOISE_TOKENS, n=NUM_SLOTS)
@@ -336,6 +345,8 @@ KINDS: dict[str, Kind] = {
     "batches": Kind(batches, noise_of_batches, num_queued=0),
     "batches beside 50,000 lines": Kind(batches, noise_of_a_large_batch, num_queued=0, settle_seconds=25.0),
     "polls beside 50,000 lines": Kind(polls, noise_of_a_large_batch, num_queued=0),
+    "embeddings beside large ones": Kind(embeddings, noise_of_large_embeddings, num_queued=0, settle_seconds=8.0),
+    "streams beside large embeddings": Kind(streams, noise_of_large_embeddings, num_queued=0, settle_seconds=8.0),
     "short jobs beside n=4": Kind(short_jobs, noise_of_sequences, num_queued=0),
 }
 

@@ -27,13 +27,14 @@ from settings import ROOT
 
 NUM_TOKENS = 800  # of each text
 COUNT_SECONDS = 3.0  # until the worker has added the engine's counts
-MODELS = f"""
+MODELS = """
 [[models]]
-id = "{MODEL}"
-path = "{ROOT}/models/celeriac-mini"
+id = "{model}"
+path = "{root}/models/celeriac-mini"
 device = "cpu"
 max_model_len = 1024
 max_num_seqs = 4
+kv_cache_tokens = {cache_tokens}
 """
 GRAMMAR = {"regex": "([a-z ]{5}[.] )+"}
 PARAMS: dict[str, dict[str, Any]] = {
@@ -165,13 +166,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=12, help="long jobs, of all kinds in turn")
     parser.add_argument("--quantum", type=float, default=2.0, help="CELERIAC_PAUSE_QUANTUM_SECONDS")
+    parser.add_argument("--cache-tokens", type=int, default=4_096, help="by default, what fits into the slots")
     given = parser.parse_args()
     print(machine())
     folder = Path(tempfile.mkdtemp(prefix="celeriac-bench-"))
+    models = MODELS.format(model=MODEL, root=ROOT, cache_tokens=given.cache_tokens)
     settings = {"pause_quantum_seconds": given.quantum, "log_level": "INFO"}
     tenants = {"alone": 1.0, "noisy": 1.0, "quiet": 1.0}  # the first one's cache is not the second's
     try:
-        with running_system(folder, tenants, settings=settings, models=MODELS, served=(MODEL,)) as system:
+        with running_system(folder, tenants, settings=settings, models=models, served=(MODEL,)) as system:
             figures = asyncio.run(measure(system, given.jobs))
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -85,18 +85,21 @@ class RunningBatch:
             self._admit(make_running(claim, claimed_at=sent_at))
 
     def may_leave(self, now: float) -> list[Candidate]:
-        """The jobs that may be paused. None if the engine could not go on where it stopped, nor while others are being
-        paused: their slots are given away already, but their tenants still count as having them."""
+        """The jobs that may be paused or give way. None while others are being paused: their slots are given away
+        already, but their tenants still count as having them."""
         ready = self._supervisor.ready
-        if ready is None or not ready.keeps_prefixes or any(job.is_pausing for job in self._jobs.values()):
+        if ready is None or any(job.is_pausing for job in self._jobs.values()):
             return []
-        return candidates(self._jobs.values(), now, quantum_seconds=self._storage.pause_quantum_seconds)
+        quantum = self._storage.pause_quantum_seconds
+        return candidates(self._jobs.values(), now, quantum_seconds=quantum, keeps_prefixes=ready.keeps_prefixes)
 
     def exchange(self, done: Exchange, sent_at: float) -> None:
-        """Pause the jobs that leave, and start those that were claimed for their slots."""
+        """Pause the jobs that leave, and start those that were claimed for their slots. Embeddings stay."""
         for job_id in done.leaving:
             job = self._jobs.get(job_id)
-            if job is not None and job.is_going_on:
+            if isinstance(job, RunningEmbedding):
+                job.has_given_way = True
+            elif job is not None and job.is_going_on:
                 job.is_pausing = True
                 self._supervisor.send(PauseJob(job.name, job.attempt))
         self.admit(done.claimed, sent_at)

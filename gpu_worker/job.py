@@ -324,6 +324,7 @@ class RunningEmbedding(RunningJob):
 
     def __init__(self, claimed: ClaimedJob, *, claimed_at: float) -> None:
         super().__init__(claimed, claimed_at=claimed_at)
+        self.has_given_way = False  # whether a job of another tenant has begun beside it, beyond the slots
         self._vectors: list[bytes] = []
 
     def command(self, *, passes_messages: bool = False) -> EmbedJob:
@@ -338,6 +339,7 @@ class RunningEmbedding(RunningJob):
             inputs=[claimed.prompt_token_ids[start:end] for start, end in zip(starts, ends, strict=True)],
             dimensions=claimed.request.dimensions,
             priority=claimed.priority,
+            tenant=str(claimed.tenant_id),
         )
 
     def absorb_embedding(self, output: EmbeddingOutput) -> None:

@@ -33,7 +33,7 @@ TURN_PART = 1 / 16  # of the jobs that may leave: so many slots go round in one 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A running job that may be paused."""
+    """A running job that may be paused or, if it makes embeddings, give way."""
 
     job_id: UUID
     tenant_id: UUID
@@ -44,27 +44,42 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """The jobs that a worker has claimed although it had no slot, and those that must leave theirs for them."""
+    """The jobs that a worker has claimed although it had no slot, and those that must leave or share theirs."""
 
     claimed: list[ClaimedJob]
     leaving: list[UUID]
 
 
-def candidates(running: Iterable[RunningJob], now: float, *, quantum_seconds: float) -> list[Candidate]:
+def candidates(
+    running: Iterable[RunningJob], now: float, *, quantum_seconds: float, keeps_prefixes: bool = True
+) -> list[Candidate]:
     """Those of a worker's jobs that may be paused.
 
     A job runs for a quantum first, counted from its first token, and for at least as long as that token took: starting
-    it again may cost as much. Jobs that may crash engines first prove that they do not.
+    it again may cost as much. Jobs that may crash engines first prove that they do not. Texts are paused only if the
+    engine keeps prefixes.
+
+    An embedding is never paused, as its vectors would be lost. It gives way once: another job runs beside it, beyond
+    the slots. That is no more than the engine can do, since an embedding takes none of its sequences.
     """
     found = []
     for job in running:
-        if job.first_output_at is None or not job.is_going_on or isinstance(job, RunningEmbedding):
+        since, quantum = _turn(job, quantum_seconds, keeps_prefixes=keeps_prefixes)
+        if since is None or not job.is_going_on or job.claimed.num_suspicions:
             continue
-        quantum = max(quantum_seconds, job.first_output_at - job.started_at)
-        num_quanta = (now - job.first_output_at) / quantum
-        if num_quanta >= 1 and not job.claimed.num_suspicions:
+        num_quanta = (now - since) / quantum
+        if num_quanta >= 1:
             found.append(Candidate(job.id, job.claimed.tenant_id, job.claimed.priority, num_quanta, job.num_sequences))
     return found
+
+
+def _turn(job: RunningJob, quantum_seconds: float, *, keeps_prefixes: bool) -> tuple[float | None, float]:
+    """When the job's turn began, if it can end, and how long it is."""
+    if isinstance(job, RunningEmbedding):
+        return None if job.has_given_way else job.started_at, quantum_seconds
+    if job.first_output_at is None or not keeps_prefixes:
+        return None, quantum_seconds
+    return job.first_output_at, max(quantum_seconds, job.first_output_at - job.started_at)
 
 
 class Choice:

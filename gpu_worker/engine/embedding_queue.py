@@ -6,7 +6,7 @@ is alone; its job fails.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +38,11 @@ class QueuedEmbedding:
         return self.command.job_id, self.command.attempt
 
 
+def _inputs(jobs: Sequence[QueuedEmbedding]) -> Iterator[tuple[QueuedEmbedding, Sequence[int]]]:
+    """What is left of them, in order."""
+    return ((job, token_ids) for job in jobs for token_ids in job.command.inputs[len(job.vectors) :])
+
+
 class EmbeddingQueue:
     """Exceptions of the types `fatal` must end the process and are not caught."""
 
@@ -57,7 +62,8 @@ class EmbeddingQueue:
         self._max_input_tokens = max_input_tokens
         self._max_step_tokens = max_step_tokens
         self._fatal = fatal
-        self._jobs: dict[tuple[str, int], QueuedEmbedding] = {}  # in the order in which they run
+        self._jobs: dict[tuple[str, int], QueuedEmbedding] = {}  # each tenant's in the order in which they run
+        self._turns: dict[str, int] = {}  # the number of each tenant's last input; of those that have jobs
         self._planned: list[tuple[QueuedEmbedding, Sequence[int]]] = []
         self._ended: deque[EmbeddingOutput] = deque()
         self.num_tokens = 0
@@ -119,16 +125,28 @@ class EmbeddingQueue:
             )
 
     def _plan(self, num_tokens: int) -> list[StepMember]:
-        """Choose the next inputs, in order, up to `num_tokens` in total. At least one is chosen; none is split."""
+        """Choose the next inputs, up to `num_tokens` in total: of each tenant one after the other, beginning with the
+        one whose last turn was longest ago, so that nobody waits for another's long list. At least one is chosen; none
+        is split."""
         self._planned = []
+        lists: dict[str, list[QueuedEmbedding]] = {}
         for job in self._jobs.values():
-            for token_ids in job.command.inputs[len(job.vectors) :]:
-                if self._planned and len(token_ids) > num_tokens:
-                    break
-                num_tokens -= len(token_ids)
-                self._planned.append((job, token_ids))
-            if num_tokens <= 0:
+            lists.setdefault(job.command.tenant, []).append(job)
+        self._turns = {tenant: self._turns.get(tenant, 0) for tenant in lists}
+        tenants = deque((tenant, _inputs(lists[tenant])) for tenant in sorted(lists, key=self._turns.__getitem__))
+        num_turns = max(self._turns.values(), default=0)
+        while tenants and num_tokens > 0:
+            tenant, inputs = tenants.popleft()
+            chosen = next(inputs, None)
+            if chosen is None:
+                continue
+            if self._planned and len(chosen[1]) > num_tokens:
                 break
+            num_tokens -= len(chosen[1])
+            num_turns += 1
+            self._turns[tenant] = num_turns
+            self._planned.append(chosen)
+            tenants.append((tenant, inputs))
         return [StepMember(*key, phase="prefill") for key in dict.fromkeys(job.key for job, _ in self._planned)]
 
     def _run(self, planned: Sequence[tuple[QueuedEmbedding, Sequence[int]]]) -> list[JobFailed]:

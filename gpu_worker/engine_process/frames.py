@@ -45,6 +45,7 @@ class EmbedJob(msgspec.Struct, tag="embed", frozen=True):
     inputs: list[list[int]]
     dimensions: int | None
     priority: int
+    tenant: str = ""  # tenants take turns
 
 
 class AbortJob(msgspec.Struct, tag="abort", frozen=True):

@@ -204,6 +204,20 @@ def test_a_step_takes_what_fits_and_a_quarter_of_it_beside_texts() -> None:
     assert [output.job_id for output in done.embeddings] == ["long"]
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_tenants_take_turns(beside: bool) -> None:
+    """However long another's list is; each tenant's own jobs are done in order."""
+    queue = make_queue()
+    queue.add(make_job("long", [[n, n, n] for n in range(20, 50)], tenant="a"))
+    queue.add(make_job("later", [[50]], tenant="a"))
+    step_queue(queue, beside=beside)
+    queue.add(make_job("short", [[51, 51, 51]], tenant="b"))
+    assert [output.job_id for output in step_queue(queue, beside=beside).embeddings] == ["short"]
+    queue.add(make_job("as long", [[n, n, n] for n in range(52, 82)], tenant="b"))
+    ends = [output.job_id for _ in range(70) for output in step_queue(queue, beside=beside).embeddings]
+    assert ends == ["long", "later", "as long"]
+
+
 @pytest.mark.parametrize("reason", ["cancelled", ""])
 def test_an_aborted_job_says_one_last_word_or_none(reason: str) -> None:
     queue = make_queue(max_step_tokens=3)

@@ -7,7 +7,7 @@ from uuid import UUID, uuid4
 import pytest
 
 from domain.jobs import FinishReason
-from domain.requests import TokenChunk
+from domain.requests import EmbeddingRequest, TokenChunk
 from gpu_worker.batch import RunningBatch
 from gpu_worker.commits import FlushPacer
 from gpu_worker.engine_process.frames import EngineStats, StepDone
@@ -163,6 +163,25 @@ class TestWhichJobsMayLeave:
         jobs[3].abort_reason = FinishReason.CANCELLED
         jobs[4].absorb(make_output(jobs[4], "x", finish_reason="stop"))
         assert candidates(jobs, 1e9, quantum_seconds=2.0) == []
+
+
+def test_an_embedding_gives_way_once_and_goes_on() -> None:
+    """Whatever its engine keeps of texts."""
+    storage: Any = SimpleNamespace(model="test-model", pause_quantum_seconds=2.0, passes_messages=False, release=None)
+    sent: list[Any] = []
+    supervisor: Any = SimpleNamespace(ready=SimpleNamespace(keeps_prefixes=False), send=sent.append)
+    thread: Any = SimpleNamespace(submit=lambda *calls: None)
+    batch = RunningBatch(supervisor, Quarantine(), FlushPacer(Settings()), storage, thread, lambda event: None)
+    request = EmbeddingRequest(model="test-model", inputs=("x",))
+    batch.admit([make_claimed(request=request, input_lengths=[3]), make_claimed()], 0.0)
+    text = list(batch._jobs.values())[1]
+    batch.absorb(StepDone([make_output(text)], [], EngineStats()))
+    assert batch.may_leave(text.started_at) == [], "its turn has just begun"
+    [candidate] = batch.may_leave(1e9)
+    assert candidate.job_id != text.id
+    batch.exchange(Exchange([make_claimed()], [candidate.job_id]), 0.0)
+    assert [type(command).__name__ for command in sent] == ["EmbedJob", "AddJob", "AddJob"], "nothing is paused"
+    assert (batch.num_occupied, batch.may_leave(1e9)) == (3, [])
 
 
 def test_nobody_leaves_while_others_are_being_paused() -> None:
