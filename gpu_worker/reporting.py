@@ -5,7 +5,7 @@ The answer to a heartbeat contains the operators' orders for this worker.
 
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from uuid import UUID, uuid4
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -32,6 +32,7 @@ ENDED_SECONDS = 60.0  # for which it is told that an engine has ended: the next 
 AWAY_SECONDS = 5.0  # for which Redis has not answered
 
 SLOW_SECONDS, NUM_SLOW = 1.0, 3  # reports in a row, each of them slower than this
+VERY_SLOW_SECONDS = 2.5  # of one report; the next ones take as long
 
 REPORT_SECONDS = 2.0  # between two reports, and so the longest time until an order is followed
 
@@ -69,8 +70,8 @@ class WorkerReporter:
 
     @property
     def seconds(self) -> float:
-        """How long the fastest of the newest reports took; 0 if there are too few."""
-        return min(self._newest_seconds) if len(self._newest_seconds) == NUM_SLOW else 0.0
+        """How long a report takes now."""
+        return slowness(self._newest_seconds)
 
     def beat_soon(self) -> None:
         """Report at the next opportunity, to fetch an order that has changed."""
@@ -145,6 +146,14 @@ class WorkerReporter:
             orders, self.skew_seconds, seconds = answer
             self._newest_seconds.append(seconds)
             self._on_answer(orders)
+
+
+def slowness(seconds: Sequence[float]) -> float:
+    """The fastest of the newest reports, as one may have waited for this process; or the newest one, if that took far
+    too long."""
+    if seconds and seconds[-1] > VERY_SLOW_SECONDS:
+        return seconds[-1]
+    return min(seconds) if len(seconds) == NUM_SLOW else 0.0
 
 
 class WorkerTroubles:

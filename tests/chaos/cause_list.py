@@ -234,9 +234,9 @@ CAUSES = [
     Cause(
         "a worker waits long for PostgreSQL",
         slow_down("gpu-1 to postgres"),
-        "a worker of fake waits long for the database",
-        r"gpu-1\S* \(fake\): the database takes",
-        "process_database",
+        "a worker of fake waits long for the database|a worker is silent",  # while it waits
+        r"gpu-1\S* \(fake\)(: the database takes| has been silent)",
+        "process_database|worker_silent",
     ),
     Cause(
         "a worker waits long for Redis",

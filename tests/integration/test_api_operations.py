@@ -101,7 +101,7 @@ def test_health_tells_the_whole_and_what_is_missing(
         health = http.get("/health")
         assert health.status_code == 200
         assert health.json()["redis"] == "unavailable"
-        assert "Redis does not answer" in health.json()["reasons"][0]
+        assert "Redis gives no connection" in health.json()["reasons"][0]
         assert http.get("/health/ready").status_code == 200
         assert http.post("/v1/jobs", json=body()).status_code == 202
     finally:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from domain.troubles import Trouble
-from gpu_worker.reporting import ENDED_SECONDS, WorkerTroubles
+from gpu_worker.reporting import ENDED_SECONDS, WorkerTroubles, slowness
 
 
 def troubles(**redis: Any) -> WorkerTroubles:
@@ -20,6 +20,12 @@ def test_a_database_that_is_slow_for_this_worker_is_told() -> None:
     assert troubles().found(0.0, 0.0, report_seconds=1.26) == {
         Trouble.DATABASE: "the database takes 1.3 s for its report"
     }
+
+
+def test_one_slow_report_says_nothing_and_one_that_took_far_too_long_does() -> None:
+    assert [slowness(seconds) for seconds in ([], [1.5], [0.1, 1.5, 1.5], [1.2, 1.5, 1.4])] == [0.0, 0.0, 0.1, 1.2]
+    assert slowness([0.1, 5.0]) == 5.0
+    assert slowness([0.1, 5.0, 0.1]) == 0.1, "over at once"
 
 
 def test_a_clock_is_told_with_its_direction() -> None:
