@@ -78,6 +78,13 @@ CAUSES = [
         "another table is locked", lock_table("workers"), r"somebody\): end", r"fail  locks: .*some", "database_locked"
     ),
     Cause(
+        "a table of maintenance is locked",
+        lock_table("webhook_deliveries"),
+        r"somebody\): end",
+        r"fail  locks: .*some",
+        "database_locked",
+    ),
+    Cause(
         "no connection is left",
         use_up_connections,
         r"connections of PostgreSQL are in use|no connection: raise",

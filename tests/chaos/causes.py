@@ -45,7 +45,7 @@ LOOK_SECONDS = 0.25
 HEAL_SECONDS = 120.0
 WITNESSES = ("health", "doctor", "alert", "tenant")
 ALARMS = ("health", "alert")  # which say nothing at all of what is none of their business
-OF_MINUTES = ("CeleriacApiUnavailable", "CeleriacJobsFail", "CeleriacWorkersLost", "CeleriacEngineEnds")  # past ones
+OF_THE_PAST = ("CeleriacApiUnavailable", "CeleriacJobsFail", "CeleriacWorkersLost", "CeleriacEngineEnds")  # of minutes
 
 
 @dataclass(slots=True)
@@ -83,20 +83,21 @@ class Watch:
         ]
         self.verdict.silent = late
         for witness in ALARMS:
-            said = {line for line in self.say(witness).splitlines() if not line.startswith(OF_MINUTES)} - self._before
+            said = {line for line in self.say(witness).splitlines() if not line.startswith(OF_THE_PAST)} - self._before
             if getattr(self._cause, witness) is None and said:
                 self.verdict.needless[witness] = "\n".join(sorted(said))
         return self.verdict
 
     def wait_until_cleared(self) -> None:
-        """After its end: until no witness that named it does so any more."""
+        """After its end: until no witness that named it does so any more, but for those that tell of the past."""
         self._began_at = time.monotonic()
-        in_threads(self._ask_until_cleared, list(self.verdict.seconds), meanwhile=self._scene.plant.watch)
+        named = [who for who in self.verdict.seconds if who != "tenant" and self._pattern(who) not in OF_THE_PAST]
+        in_threads(self._ask_until_cleared, named, meanwhile=self._scene.plant.watch)
 
     def _ask_until_cleared(self, witness: str) -> None:
         expected = str(self._pattern(witness))
         while time.monotonic() - self._began_at < HEAL_SECONDS:
-            if witness == "tenant" or not re.search(expected, self.say(witness)):  # what a tenant reads is its own past
+            if not re.search(expected, self.say(witness)):
                 self.verdict.cleared[witness] = round(time.monotonic() - self._began_at, 1)
                 return
             time.sleep(LOOK_SECONDS)
