@@ -148,7 +148,7 @@ def running_system(
     """PostgreSQL, Redis, an API process, maintenance and a worker of the `served` models, with a tenant for each of
     `weights`."""
     settings = {"auth": "api_key", "log_level": "WARNING"} | dict(settings or {})
-    with Plant(folder, models=models, worker_models={"gpu-1": served}, settings=settings) as plant:
+    with Plant(folder, models=models, worker_models={"gpu-1": ",".join(served)}, settings=settings) as plant:
         plant.start_servers()
         database = open_database(plant.postgres.url)
         with session_factory(database).begin() as session:

@@ -291,6 +291,10 @@ class RunningBatch:
             lambda exc: self._emit_released(job_ids),
         )
 
+    def release_texts(self) -> None:
+        """Release what would go on where it stopped. Embeddings would begin again, and perhaps never end."""
+        self.release([job for job in self._jobs.values() if not isinstance(job, RunningEmbedding)])
+
     def release_all(self) -> None:
         self.release(list(self._jobs.values()))
 

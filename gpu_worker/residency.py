@@ -7,8 +7,9 @@
   the order of these jobs' ages, and nobody overtakes: a smaller model may not take the room that the first one needs.
 - If there is no room, the least recently used model that has nothing to do leaves at once. A busy one may stay for as
   long as its load took, and for at least CELERIAC_MODEL_RESIDENCY_SECONDS; then it takes no more jobs, lets those that
-  run come to their end, however long that takes, and leaves. So at most half of the time goes into loading, and no
-  model waits for ever. It gets in line behind those that waited before it left.
+  run come to their end for CELERIAC_DRAIN_SECONDS, and leaves. What has not ended goes on when it is loaded again. So
+  at most half of the time goes into loading, and no model waits for ever. It gets in line behind those that waited
+  before it left.
 - A model alone on its worker is always loaded, whatever it needs.
 """
 

@@ -116,6 +116,7 @@ class RunnerThread:
         self._drain_deadline: float | None = None  # set while draining because the process is about to exit
         self._unload_deadline: float | None = None  # set while draining because the model is being unloaded
         self._order_deadline: float | None = None  # set while draining because an operator ordered it
+        self._room_deadline: float | None = None  # set while the model makes room for another one of this worker
         self._is_loaded: bool | None = None  # whether the model should be loaded; None until read from SQL
         self._has_been_ready = False  # whether any engine of this worker has been ready
         self._failure: WorkerFailure | None = None  # why it was given up
@@ -265,8 +266,8 @@ class RunnerThread:
             self._give_up(failure)
 
     def _settle_memory(self, now: float, *, is_idle: bool) -> None:
-        """Agree with the worker's other models whether this one should be loaded. If not, its running jobs end
-        first."""
+        """Agree with the worker's other models whether this one should be loaded. If not, its running jobs end first,
+        or go on when it is loaded again."""
         if self._is_loaded is None:
             return
         self._residence.update(
@@ -276,8 +277,13 @@ class RunnerThread:
             is_busy=not is_idle,
             is_draining=self._release_at is not None,
         )
-        if not self._residence.is_wanted:
-            self._batch.release_unstarted()
+        if self._residence.is_wanted:
+            self._room_deadline = None
+            return
+        self._room_deadline = self._room_deadline or now + self._drain_seconds
+        self._batch.release_unstarted()
+        if now > self._room_deadline:
+            self._batch.release_texts()
 
     def _failure_of(self, exit_: EngineExit) -> WorkerFailure | None:
         """The reason not to start another engine; None if it is worth trying."""

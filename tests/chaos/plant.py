@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,15 +181,15 @@ class Part:
 
 
 class Plant:
-    """`worker_models` names the model of each worker, or its models; `models` is the text of models.toml; `settings`
-    are variables without their prefix. `root` is the source tree that runs: a mutant's, where one is tried."""
+    """`worker_models` names the model of each worker; `models` is the text of models.toml; `settings` are variables
+    without their prefix. `root` is the source tree that runs: a mutant's, where one is tried."""
 
     def __init__(
         self,
         folder: Path,
         *,
         models: str,
-        worker_models: Mapping[str, str | Sequence[str]],
+        worker_models: Mapping[str, str],
         num_apis: int = 1,
         settings: Mapping[str, object] | None = None,
         root: Path = ROOT,
@@ -225,10 +225,8 @@ class Plant:
             port = free_port("127.0.0.1", 0)
             self.api_urls.append(f"http://127.0.0.1:{port}")
             self.apis.append(self._part(f"api-{number}", "api", "--port", str(port)))
-        for name, models in self._worker_models.items():
-            served = [models] if isinstance(models, str) else models
-            options = [option for model in served for option in ("--model", model)]
-            self.workers.append(self._part(name, "worker", "--name", name, *options))
+        for name, model in self._worker_models.items():
+            self.workers.append(self._part(name, "worker", "--name", name, "--model", model))
         self.maintenance.append(self._part("maintenance", "maintenance"))
         for part in self.parts:
             part.start()
