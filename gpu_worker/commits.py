@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 REDIS_TIMEOUT_SECONDS = 0.2
 
+PLAN_SECONDS = 3.0  # for which plans are kept: longer than from one look into SQL to the next while no job comes
+
 REDIS_PAUSE_SECONDS = 1.0  # after a failure, publish nothing for this long; readers fall back to SQL anyway
 
 
@@ -83,8 +85,11 @@ class JobStorage:
             idle_seconds=settings.idle_transaction_seconds,
             repeats_calls=True,  # StorageThread does
         )
-        database.keep_plans(self._database)  # for each chunk, PostgreSQL would plan the check of its foreign key again
+        # For each chunk, PostgreSQL would plan the check of its foreign key again; and a claim takes longer to plan
+        # than to execute, while a client waits for its first token.
+        database.keep_plans(self._database, seconds=PLAN_SECONDS)
         self.sessions: sessionmaker[Session] = database.session_factory(self._database)
+        self.statements = database.statement_factory(self.sessions)  # for transactions of one statement
         self.notifier = StreamNotifier(settings.redis_url)
         self.owner = owner
         self.lease_seconds = settings.lease_seconds
@@ -104,8 +109,7 @@ class JobStorage:
                 database.plan_anew(session)  # a plan for any status has no use for the index of running jobs
                 released = self.release_unknown(session, known)
             job_log.returned(AttemptOutcome.RELEASED, released)
-        with self.sessions.begin() as session:
-            database.plan_anew(session)
+        with self.statements() as session:
             return jobs.claim(
                 session,
                 self._spec.id,
@@ -117,6 +121,13 @@ class JobStorage:
                 min_suspicions=min_suspicions,
                 num_slots=num_slots,
             )
+
+    def plan_ahead(self) -> None:
+        """Call in a quiet moment, before a claim: makes anew the plans that the next job would have to wait for."""
+        with self.statements() as session:
+            if database.discard_plans(session):
+                nothing = ChunkCommit(UUID(int=0), attempt=0, chunks=[TokenChunk(sequence_number=1)])
+                jobs.commit_chunks(session, [nothing], lease_seconds=self.lease_seconds, owner=self.owner)
 
     def tell_claimed(self, claimed: Sequence[ClaimedJob]) -> None:
         job_log.claimed(claimed, self._worker_name)
@@ -312,7 +323,8 @@ def _transact(storage: JobStorage, flushes: Sequence[JobFlush]) -> tuple[dict[UU
     commits = [flush.commit for flush in flushes if flush.commit is not None]
     finalisations = [flush.finalisation for flush in flushes if flush.finalisation is not None]
     renewals = [flush.job.id for flush in flushes if flush.commit is None and flush.finalisation is None]
-    with storage.sessions.begin() as session:
+    is_one_statement = not renewals and not finalisations
+    with (storage.statements if is_one_statement else storage.sessions).begin() as session:
         held = jobs.commit_chunks(session, commits, lease_seconds=storage.lease_seconds, owner=storage.owner)
         held += jobs.renew(session, renewals, owner=storage.owner, lease_seconds=storage.lease_seconds)
         ours = set(jobs.finalise(session, finalisations, owner=storage.owner))

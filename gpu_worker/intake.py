@@ -93,6 +93,7 @@ class Intake:
             self._claim(Lane.STANDARD, len(ticket_ids), known, num_slots=num_free, ticket_ids=ticket_ids)
         elif now - self._heard_at >= POLL_SECONDS:
             self._heard_at = now
+            self._storage_thread.submit(lambda _: self._storage.plan_ahead(), lambda _: None)
             self._claim(Lane.STANDARD, num_free, known, num_slots=num_free)
 
     def share(self, now: float, may_leave: Callable[[float], list[Candidate]], *, known: frozenset[UUID]) -> None:

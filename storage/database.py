@@ -191,10 +191,10 @@ def open_statement_database(url: str, *, pool_size: int = 10, max_overflow: int 
 PLAN_SECONDS = 1.0  # in which no table grows so much that its plan could matter
 
 
-def keep_plans(database: Engine) -> None:
-    """Have connections plan a statement once in PLAN_SECONDS, not each time. For statements that are long and executed
-    often, and whose plan depends on no parameter: planning them costs more than running them. So does planning the
-    checks of foreign keys, which PostgreSQL does for every inserted row otherwise."""
+def keep_plans(database: Engine, *, seconds: float | None = None) -> None:
+    """Have connections plan a statement once in `seconds` (PLAN_SECONDS), not each time. For statements that are long
+    and executed often, and whose plan depends on no parameter: planning them costs more than running them. So does
+    planning the checks of foreign keys, which PostgreSQL does for every inserted row otherwise."""
 
     @event.listens_for(database, "connect")
     def set_up(connection: Any, record: Any) -> None:
@@ -204,13 +204,25 @@ def keep_plans(database: Engine) -> None:
 
     @event.listens_for(database, "checkout")
     def discard_old(connection: Any, record: Any, fairy: object) -> None:
-        if monotonic() - record.info[_PLANNED_AT] < PLAN_SECONDS:
+        if monotonic() - record.info[_PLANNED_AT] < (PLAN_SECONDS if seconds is None else seconds):
             return
         try:
             _execute(connection, "DISCARD PLANS")
+            connection.commit()  # in a transaction, a session could not turn to autocommit
         except psycopg.Error as exc:
             raise DisconnectionError from exc  # the pool connects again
         record.info[_PLANNED_AT] = monotonic()
+
+
+def discard_plans(session: Session) -> bool:
+    """For a quiet moment: discard the plans of this session's connection if they are older than PLAN_SECONDS. Returns
+    whether it did."""
+    connection = session.connection()
+    if monotonic() - connection.info[_PLANNED_AT] < PLAN_SECONDS:
+        return False
+    connection.exec_driver_sql("DISCARD PLANS")
+    connection.info[_PLANNED_AT] = monotonic()
+    return True
 
 
 def plan_anew(session: Session) -> None:

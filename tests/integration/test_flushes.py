@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from uuid import UUID, uuid4
 
 import pytest
-from sqlalchemy import delete, update
+from sqlalchemy import delete, event, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.catalog import ModelSpec
@@ -12,6 +12,7 @@ from domain.jobs import JobStatus, Lane
 from gpu_worker.commits import FlushPacer, JobFlush, JobStorage, commit
 from gpu_worker.job import RunningJob
 from settings import Settings
+from storage import job_statements
 from storage.tables import Job, JobChunk
 from tests.conftest import MakeJob
 from tests.integration.runner_harness import listening
@@ -103,6 +104,32 @@ def test_a_claim_whose_answer_was_lost_may_be_repeated(storage: JobStorage, make
     assert {job.attempt for job in again} == {2}
     with storage.sessions() as session:
         assert {session.get_one(Job, job_id).num_failures for job_id in job_ids} == {0}
+
+
+def plans(storage: JobStorage) -> dict[str, tuple[int, int]]:
+    """How often the connection has executed its prepared statements by a plan that it keeps, and by a new one."""
+    query = text("SELECT statement, generic_plans, custom_plans FROM pg_prepared_statements")
+    with storage.statements() as session:
+        return {row.statement: (row.generic_plans, row.custom_plans) for row in session.execute(query)}
+
+
+def test_a_job_waits_for_no_plans(
+    storage: JobStorage, pacer: FlushPacer, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its claim and its first chunk are two statements, whose plans are kept; those of an idle worker are made anew."""
+    for _ in range(8):  # the client prepares what it has executed five times
+        [job] = claim(storage, [make_job().id])
+        commit(storage, say(pacer, [job], "a"))
+        commit(storage, say(pacer, [job], "b", is_last=True))
+    before = plans(storage)
+    for statement in (job_statements.CLAIM, job_statements.COMMIT_CHUNKS):
+        [(num_kept, num_new)] = [before[sql] for sql in before if sql.startswith(statement.text[:30])]
+        assert num_kept > 0 == num_new
+    monkeypatch.setattr("storage.database.PLAN_SECONDS", 0.0)
+    executed: list[str] = []
+    event.listen(storage._database, "before_cursor_execute", lambda *args: executed.append(args[2].split()[0]))
+    storage.plan_ahead()
+    assert executed == ["DISCARD", "WITH"]
 
 
 def test_a_repeated_look_into_sql_gives_back_what_the_first_one_took_but_nothing_that_runs(

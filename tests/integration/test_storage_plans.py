@@ -1,5 +1,6 @@
 """The statements stay cheap where the planner knows least."""
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -66,6 +67,26 @@ def test_a_statement_for_many_jobs_costs_in_proportion(
     for size in (128, 1024):
         num_rows_per_job = _rows_touched(session, statement, flush_parameters(ids[:size])) / size
         assert num_rows_per_job < 50, f"{num_rows_per_job} rows a job for {size} jobs"
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_a_claims_plan_from_before_its_jobs_came_serves_it(session: Session, make_job: MakeJob, size: int) -> None:
+    """It is kept for seconds, whatever the limit. Between two jobs of an idle system, it is made for an empty table."""
+    values = {name: str(value) for name, value in flush_parameters([uuid4()] * size).items()}
+    names = list(dict.fromkeys(re.findall(r"(?<!:):(\w+)", job_statements.CLAIM.text)))
+    numbered = re.sub(r"(?<!:):(\w+)", lambda found: f"${names.index(found[1]) + 1}", job_statements.CLAIM.text)
+    connection = session.connection()
+    connection.exec_driver_sql("SET plan_cache_mode = force_generic_plan")
+    connection.exec_driver_sql(f"PREPARE kept AS {numbered}")
+    executed = f"EXECUTE kept ({', '.join(repr(values[name]) for name in names)})"
+    assert connection.exec_driver_sql(executed).all() == []
+    session.commit()
+    make_copies(session, make_job(), 3000)
+    [plan] = session.connection().exec_driver_sql(f"EXPLAIN (ANALYZE, FORMAT JSON) {executed}").scalar_one()
+    assert plan["Plan"]["Actual Rows"] == size
+    assert _sum_rows(plan["Plan"]) < 1000 + 50 * size
+    session.rollback()
+    session.connection().exec_driver_sql("DEALLOCATE kept")
 
 
 def test_looking_for_batch_lines_reads_no_other_jobs(session: Session, make_job: MakeJob) -> None:
