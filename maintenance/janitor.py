@@ -22,7 +22,17 @@ from domain.catalog import Catalog
 from domain.jobs import AttemptOutcome, JobStatus, external_id
 from observability import describe_exception
 from settings import Settings
-from storage import answers, conversations, files, jobs, maintenance, usage, webhook_deliveries, workers
+from storage import (
+    answers,
+    conversations,
+    files,
+    jobs,
+    maintenance,
+    running_sums,
+    usage,
+    webhook_deliveries,
+    workers,
+)
 from storage.database import statement_factory
 from storage.jobs import Restarted, Returned
 from storage.maintenance import Due
@@ -183,6 +193,7 @@ class Janitor:
         sends = [(f"dispatched {model}", partial(self._dispatch, model)) for model in models]
         return [
             ("looked", self._look),
+            ("corrected sums", self._correct_sums),
             ("reached Redis", self._ping_redis),
             ("rescued", self._rescue),
             ("stalled", self._release_stalled),
@@ -205,6 +216,12 @@ class Janitor:
             self._due = maintenance.look_for_work(session, stall_seconds=self._settings.stall_seconds)
         if self._guard.may_rescue(self._due.as_of, monotonic()):
             self._leases_as_of = self._due.as_of
+        return 0
+
+    def _correct_sums(self) -> int:
+        if self._due is not None and self._due.num_running >= running_sums.MANY_RUNNING:
+            with self._sessions.begin() as session:
+                running_sums.correct(session)
         return 0
 
     def _rescue(self) -> int:

@@ -41,37 +41,25 @@ WHERE (l.tenant_id, l.key_id) IN (SELECT * FROM unnest(CAST(:tenant_ids AS uuid[
 ORDER BY l.tenant_id, l.key_id FOR NO KEY UPDATE OF l
 """)
 
-# A second statement, whose snapshot has what others committed while the first one waited for the lock. The jobs of a
-# whole tenant are counted in tenant_load; only those of a key, and of a tenant for their tokens, are each read: queued
-# ones of a key from jobs_key_idx, of a tenant from jobs_ready_idx, whose first column is the model; and running ones,
-# of which there are few.
+# A second statement, whose snapshot has what others committed while the first one waited for the lock. What a whole
+# tenant has is counted in tenant_load; only the jobs of a key are read: queued ones from jobs_key_idx, and running ones
+# of its tenant.
 COUNT = text(f"""
-WITH RECURSIVE models AS (
-    (SELECT model FROM jobs WHERE status = 'queued' ORDER BY model LIMIT 1)
-    UNION ALL
-    SELECT (SELECT j.model FROM jobs j WHERE j.status = 'queued' AND j.model > m.model ORDER BY j.model LIMIT 1)
-    FROM models m WHERE m.model IS NOT NULL
-),
-asked AS (SELECT * FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:key_ids AS text[])) AS a(tenant_id, key_id)),
+WITH asked AS (SELECT * FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:key_ids AS text[])) AS a(tenant_id, key_id)),
 unfinished AS (
     SELECT a.tenant_id, a.key_id, j.status, j.cost, NULL::numeric AS waited
     FROM asked a JOIN jobs j ON j.status = 'queued' AND j.tenant_id = a.tenant_id
         AND j.key_id BETWEEN a.key_id AND a.key_id  -- of =, as many rows are expected as any other key has: perhaps all
     UNION ALL
-    SELECT a.tenant_id, a.key_id, j.status, j.cost, NULL
-    FROM asked a CROSS JOIN models m
-    JOIN jobs j ON j.status = 'queued' AND j.model = m.model AND j.tenant_id = a.tenant_id WHERE a.key_id = ''
-    UNION ALL
     SELECT a.tenant_id, a.key_id, j.status, j.cost, extract(epoch FROM j.started_at - j.created_at)
-    FROM asked a JOIN jobs j ON j.status = 'in_progress' AND j.tenant_id = a.tenant_id
-        AND (a.key_id = '' OR j.key_id = a.key_id)
+    FROM asked a JOIN jobs j ON j.status = 'in_progress' AND j.tenant_id = a.tenant_id AND j.key_id = a.key_id
 )
 SELECT tenant_id, key_id, count(*) FILTER (WHERE status = 'queued') AS num_queued, count(*) AS num_unfinished,
     coalesce(sum(cost) FILTER (WHERE status = 'queued'), 0)::bigint AS queued_tokens,
     avg(waited)::float8 AS waited_seconds
 FROM unfinished GROUP BY tenant_id, key_id
 UNION ALL
-SELECT l.tenant_id, '', l.num_queued, l.num_queued + l.num_running, 0, {WAITED_SECONDS}
+SELECT l.tenant_id, '', l.num_queued, l.num_queued + l.num_running, l.num_queued_tokens, {WAITED_SECONDS}
 FROM tenant_load l WHERE l.tenant_id = ANY(CAST(:whole_tenant_ids AS uuid[]))
 """)
 
@@ -132,11 +120,6 @@ class Meter:
         return any(
             limit is not None for limit in (self.row.queued_jobs, self.row.unfinished_jobs, self.row.queued_tokens)
         )
-
-    @property
-    def has_counters(self) -> bool:
-        """Whether tenant_load has what is counted."""
-        return bool(self.row.key_id == OF_TENANT and self.row.queued_tokens is None)
 
     def refusal_of(self, asking: Asking) -> CeleriacError | None:
         """Why there is no room for the job; None if there is."""
@@ -254,9 +237,9 @@ class Admission:
         subjects = sorted({subject for one in callers.values() for subject in one.subjects})
         rows = session.execute(LOCK, _columns_of(subjects)) if subjects else ()
         meters = {(row.tenant_id, row.key_id): _meter_of(row) for row in rows}
-        counted = {subject: meter for subject, meter in meters.items() if meter.is_counted}
-        parameters = _columns_of([subject for subject, meter in counted.items() if not meter.has_counters])
-        parameters["whole_tenant_ids"] = [tenant for (tenant, _), meter in counted.items() if meter.has_counters]
+        counted = [subject for subject, meter in meters.items() if meter.is_counted]
+        parameters = _columns_of([(tenant, key) for tenant, key in counted if key != OF_TENANT])
+        parameters["whole_tenant_ids"] = [tenant for tenant, key in counted if key == OF_TENANT]
         for row in session.execute(COUNT, parameters) if counted else ():
             meter = meters[row.tenant_id, row.key_id]
             meter.num_queued, meter.num_unfinished = row.num_queued, row.num_unfinished

@@ -26,7 +26,7 @@ from domain.requests import JobOutput
 from storage.job_accept import NewJob
 from storage.job_ends import told
 from storage.job_queries import JobRecord
-from storage.job_statements import CLOCK, COUNTED, Packed
+from storage.job_statements import CLOCK, COUNTED, LEAVES_QUEUE, Packed
 from storage.jobs import Returned
 from storage.tables import Job, JobResult
 from storage.usage import RECORDED_COLUMNS, ends_recorded
@@ -63,7 +63,7 @@ answered AS (
         {RECORDED_COLUMNS}
 ),
 {ends_recorded("answered", outcome="o.status", condition="true")},
-moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM answered),
+moved AS (SELECT id, tenant_id, {LEAVES_QUEUE} FROM answered),
 {COUNTED}
 {told("answered", has_chunks="false")}"""
 

@@ -22,7 +22,18 @@ from domain.errors import (
     WorkerLost,
 )
 from domain.jobs import JobError
-from storage.job_statements import BEGUN, CLOCK, CORRECTION, COUNTED, HAS_RUN_OUT, OWNED, RUNNING
+from storage.job_statements import (
+    BEGUN,
+    CLOCK,
+    CORRECTION,
+    COUNTED,
+    EXCESS_TOKENS,
+    HAS_RUN_OUT,
+    LEAVES_QUEUE,
+    OWNED,
+    RUNNING,
+    STOPS,
+)
 from storage.usage import RECORDED_COLUMNS, attempts_recorded, discarded_recorded, ends_recorded
 from storage.webhooks import IS_TOLD
 
@@ -62,7 +73,7 @@ ended AS (
     FROM pick WHERE j.id = pick.id
     RETURNING j.id, j.tenant_id, j.attempt, pick.result, {CORRECTION} AS charge, pick.owner, {BEGAN},
         pick.status AS outcome, j.error->>'code' AS error_code, pick.cached, pick.reasoning, pick.seconds_in_engine,
-        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD},
+        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD}, {EXCESS_TOKENS} AS excess_tokens,
         {RECORDED_COLUMNS}
 ),
 {NOTED.format(over="ended")},
@@ -75,7 +86,7 @@ written AS (
     INSERT INTO job_results (job_id, attempt, result)
     SELECT id, attempt, result::json FROM ended WHERE result IS NOT NULL
 ),
-moved AS (SELECT id, tenant_id, 0 AS queued, -1 AS running, charge FROM ended),
+moved AS (SELECT id, tenant_id, 0 AS queued, 0 AS queued_tokens, {STOPS} FROM ended),
 {COUNTED}
 SELECT id, is_told FROM ended
 UNION ALL  -- a repeated call: the first one was committed, but its answer was lost
@@ -117,13 +128,14 @@ returned AS (
     RETURNING j.id, j.model, j.tenant_id, j.status, j.attempt, j.committed_sequence_number, {CORRECTION} AS charge,
         j.num_committed_tokens, j.created_at,
         pick.owner, {BEGAN}, pick.outcome, j.error->>'code' AS error_code,
-        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD},
+        j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens, {IS_TOLD}, {EXCESS_TOKENS} AS excess_tokens,
         {RECORDED_COLUMNS}
 ),
 {NOTED.format(over="returned")},
 {attempts_recorded("returned", is_end="o.status <> 'queued'")},{also}
 moved AS (
-    SELECT id, tenant_id, CASE WHEN status = 'queued' THEN 1 ELSE 0 END AS queued, -1 AS running, charge FROM returned
+    SELECT id, tenant_id, CASE WHEN status = 'queued' THEN 1 ELSE 0 END AS queued,
+        CASE WHEN status = 'queued' THEN cost ELSE 0 END AS queued_tokens, {STOPS} FROM returned
 ),
 {COUNTED}
 {told("returned", has_chunks="committed_sequence_number > 0")}"""
@@ -210,7 +222,7 @@ asked AS (
         {RECORDED_COLUMNS}
 ),
 {ends_recorded("asked", outcome="o.status", condition="o.status = 'cancelled'")},
-moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM asked WHERE status = 'cancelled'),
+moved AS (SELECT id, tenant_id, {LEAVES_QUEUE} FROM asked WHERE status = 'cancelled'),
 {COUNTED}
 {told("asked", has_chunks="status = 'cancelled' AND committed_sequence_number > 0")}
 """)
@@ -230,7 +242,7 @@ expired AS (
         {RECORDED_COLUMNS}
 ),
 {ends_recorded("expired", outcome="o.status", condition="true")},
-moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM expired),
+moved AS (SELECT id, tenant_id, {LEAVES_QUEUE} FROM expired),
 {COUNTED}
 {told("expired", has_chunks="committed_sequence_number > 0")}
 """)
@@ -276,7 +288,8 @@ FORGET_POISON = text(f"DELETE FROM poison_requests WHERE created_at < {CLOCK} - 
 DELETE = text(f"""
 WITH deleted AS (
     DELETE FROM jobs j WHERE j.id = :id AND j.tenant_id = :tenant_id
-    RETURNING j.id, j.tenant_id, j.attempt, j.status, {CORRECTION} AS charge, 'deleted' AS outcome,
+    RETURNING j.id, j.tenant_id, j.attempt, j.status, {CORRECTION} AS charge, {EXCESS_TOKENS} AS excess_tokens,
+        'deleted' AS outcome,
         j.num_committed_tokens - j.num_tokens_at_claim AS num_tokens,
         {RECORDED_COLUMNS}
 ),
@@ -284,10 +297,10 @@ running AS (SELECT * FROM deleted WHERE status = 'in_progress'),
 {attempts_recorded("running", is_end="true")},
 {ends_recorded("deleted", outcome="o.outcome", condition="o.status = 'queued'").replace("recorded AS", "dropped AS")},
 moved AS (
-    SELECT id, tenant_id, CASE WHEN status = 'queued' THEN -1 ELSE 0 END AS queued,
-        CASE WHEN status = 'in_progress' THEN -1 ELSE 0 END AS running,
-        CASE WHEN status = 'in_progress' THEN charge ELSE 0 END AS charge
-    FROM deleted WHERE status IN ('queued', 'in_progress')
+    SELECT id, tenant_id, 0 AS queued, 0 AS queued_tokens, {STOPS} FROM running
+    UNION ALL
+    SELECT id, tenant_id, queued, queued_tokens, running, charge, unused_tokens, excess_tokens
+    FROM (SELECT id, tenant_id, {LEAVES_QUEUE} FROM deleted WHERE status = 'queued') d
 ),
 {COUNTED}
 SELECT id FROM deleted
@@ -349,8 +362,8 @@ written AS (
     FROM restarted
 ),
 moved AS (  -- the tenant is not charged for what is discarded
-    SELECT id, tenant_id, 0 AS queued, 0 AS running, CASE WHEN attempt > 0 THEN -num_tokens ELSE 0 END AS charge
-    FROM restarted
+    SELECT id, tenant_id, 0 AS queued, 0 AS running, CASE WHEN attempt > 0 THEN -num_tokens ELSE 0 END AS charge,
+        0 AS queued_tokens, 0 AS unused_tokens, 0 AS excess_tokens FROM restarted
 ),
 {COUNTED}
 SELECT r.id, r.attempt, r.num_tokens, (SELECT p.request_id FROM job_payloads p WHERE p.job_id = r.id) AS request_id,
@@ -381,7 +394,7 @@ failed AS (
         {RECORDED_COLUMNS}
 ),
 {ends_recorded("failed", outcome="o.status", condition="true")},
-moved AS (SELECT id, tenant_id, -1 AS queued, 0 AS running, 0 AS charge FROM failed),
+moved AS (SELECT id, tenant_id, {LEAVES_QUEUE} FROM failed),
 {COUNTED}
 {told("failed", has_chunks="true")}
 """)

@@ -7,9 +7,10 @@ locked row, so a row that has changed in the meantime is left alone. Shared rule
 
 - `pick` locks the rows that qualify, in order of id or skipping locked ones. The rest of the statement touches only
   these rows.
-- A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge)` with the changes to the tenants'
-  counters, and ends in COUNTED, which applies them. Job rows are locked first, then tenant_load in the order of
-  tenant_id (accept has no existing job rows to lock), so that statements cannot deadlock.
+- A statement that moves jobs has a CTE `moved(id, tenant_id, queued, running, charge, queued_tokens, unused_tokens,
+  excess_tokens)` with the changes to the tenants' counters, and ends in COUNTED, which applies them. Job rows are
+  locked first, then tenant_load in the order of tenant_id (accept has no existing job rows to lock), so that statements
+  cannot deadlock.
 - Fairness charges a job's whole `cost` while it runs, and the tokens actually used once it has ended or waits again.
   The order of claims overlooks most of what a running job has been charged and not taken (FAIR_TIME).
 - Statements use `statement_timestamp()`, not `now()`, so that a lease does not get shorter if its transaction was open
@@ -68,7 +69,8 @@ PROVEN_TOKENS = 16  # after this many tokens in one attempt, a job is no longer 
 
 COUNTED = """
 change AS (
-    SELECT tenant_id, sum(queued) AS queued, sum(running) AS running, sum(charge) AS charge
+    SELECT tenant_id, sum(queued) AS queued, sum(running) AS running, sum(charge) AS charge,
+        sum(queued_tokens) AS queued_tokens, sum(unused_tokens) AS unused_tokens, sum(excess_tokens) AS excess_tokens
     FROM moved GROUP BY tenant_id
 ),
 locked AS MATERIALIZED (
@@ -76,7 +78,10 @@ locked AS MATERIALIZED (
 ),
 counted AS (
     UPDATE tenant_load l SET num_queued = l.num_queued + change.queued, num_running = l.num_running + change.running,
-        virtual_time = l.virtual_time + change.charge / t.weight
+        virtual_time = l.virtual_time + change.charge / t.weight,
+        num_queued_tokens = l.num_queued_tokens + change.queued_tokens,
+        num_unused_tokens = l.num_unused_tokens + change.unused_tokens,
+        num_excess_tokens = l.num_excess_tokens + change.excess_tokens
     FROM locked JOIN change USING (tenant_id) JOIN tenants t ON t.id = locked.tenant_id
     WHERE l.tenant_id = locked.tenant_id
 )"""
@@ -90,24 +95,39 @@ CHARGE = "(j.cost - CASE WHEN j.attempt > 0 THEN j.num_prompt_tokens + j.num_com
 # How many slots a job takes: its cost is the prompt and what each of its sequences may generate.
 NUM_SEQUENCES = "greatest(1, (j.cost - j.num_prompt_tokens) / greatest(1, j.max_tokens))"
 
-UNUSED = """
-unused AS (  -- what running jobs were charged and have not taken yet
-    SELECT tenant_id, sum(cost - num_prompt_tokens - num_committed_tokens) AS num_tokens
-    FROM jobs WHERE status = 'in_progress' GROUP BY tenant_id
-)"""
+# What a running job was charged and has not taken yet.
+UNUSED_TOKENS = "(j.cost - j.num_prompt_tokens - j.num_committed_tokens)"
 
 # A running job counts for what it has taken and this many tokens more of each of its sequences. With its whole cost,
 # which is charged in advance, a tenant of long jobs would be behind all others by one of them, and so would one whose
 # jobs may take far more than they do. A job counts more with each token that it takes, so nothing is had for free.
 COUNTED_AHEAD = 256
 
+# What a running job was charged beyond that.
+EXCESS_TOKENS = f"greatest(0, {UNUSED_TOKENS} - {COUNTED_AHEAD} * {NUM_SEQUENCES})"
+
+# In `moved`, of a job that leaves the queue, and of one whose attempt ends.
+LEAVES_QUEUE = """-1 AS queued, 0 AS running, 0 AS charge,
+        -cost AS queued_tokens, 0 AS unused_tokens, 0 AS excess_tokens"""
+STOPS = "-1 AS running, charge, charge AS unused_tokens, -excess_tokens AS excess_tokens"
+
+# Whether the sums in tenant_load are those of a moment ago (storage/running_sums.py). Otherwise whatever runs is read.
+ARE_KEPT = f"(SELECT count(*) > 0 FROM running_sums WHERE corrected_at > {CLOCK} - interval '5 seconds')"
+
+UNUSED = f"""
+unused AS (  -- what running jobs were charged and have not taken yet
+    SELECT tenant_id, num_unused_tokens AS num_tokens FROM tenant_load WHERE num_running > 0 AND {ARE_KEPT}
+    UNION ALL
+    SELECT j.tenant_id, sum({UNUSED_TOKENS}) FROM jobs j
+    WHERE j.status = 'in_progress' AND NOT {ARE_KEPT} GROUP BY j.tenant_id
+)"""
+
 EXCESS = f"""
-excess AS MATERIALIZED (  -- what running jobs were charged beyond that
-    SELECT j.tenant_id, sum(greatest(0, j.cost - j.num_prompt_tokens - j.num_committed_tokens
-        - {COUNTED_AHEAD} * {NUM_SEQUENCES})) AS num_tokens
-    FROM jobs j
-    WHERE j.status = 'in_progress' AND j.cost - j.num_prompt_tokens - j.num_committed_tokens > {COUNTED_AHEAD}
-    GROUP BY j.tenant_id
+excess AS MATERIALIZED (  -- what running jobs were charged beyond what they count for
+    SELECT tenant_id, num_excess_tokens AS num_tokens FROM tenant_load WHERE num_running > 0 AND {ARE_KEPT}
+    UNION ALL
+    SELECT j.tenant_id, sum({EXCESS_TOKENS}) FROM jobs j
+    WHERE j.status = 'in_progress' AND {UNUSED_TOKENS} > {COUNTED_AHEAD} AND NOT {ARE_KEPT} GROUP BY j.tenant_id
 )"""
 
 # Where a tenant stands in the order of claims.
@@ -184,7 +204,7 @@ inserted AS (
     INSERT INTO jobs ({NEW_COLUMNS}, model_revision)
     SELECT {NEW_VALUES}, f.model_revision FROM fresh f JOIN load USING (tenant_id) WHERE {HAS_ROOM}
     ORDER BY place
-    ON CONFLICT DO NOTHING RETURNING id, tenant_id
+    ON CONFLICT DO NOTHING RETURNING id, tenant_id, cost
 ),
 {PAYLOAD},
 {UNUSED},
@@ -196,11 +216,12 @@ level AS (  -- what those who run jobs have received; if nobody does, those who 
 ),
 counted AS (  -- a tenant that was idle starts level with the active ones, without credit and with little debt
     UPDATE tenant_load l SET num_queued = l.num_queued + change.queued,
+        num_queued_tokens = l.num_queued_tokens + change.queued_tokens,
         virtual_time = (SELECT CASE WHEN l.num_queued + l.num_running > 0  -- greatest and least pass over a NULL
             THEN greatest(l.virtual_time, level.running - {MAX_DEBT_TOKENS} / t.weight)
             ELSE least(greatest(l.virtual_time, coalesce(level.running, level.waiting)),
                 coalesce(level.running, level.waiting) + {MAX_DEBT_TOKENS} / t.weight) END FROM level)
-    FROM (SELECT tenant_id, count(*) AS queued FROM inserted GROUP BY tenant_id) change
+    FROM (SELECT tenant_id, count(*) AS queued, sum(cost) AS queued_tokens FROM inserted GROUP BY tenant_id) change
         JOIN tenants t ON t.id = change.tenant_id
     WHERE l.tenant_id = change.tenant_id RETURNING l.tenant_id, l.num_queued
 )
@@ -353,9 +374,13 @@ claimed AS (
         deadline_at = CASE WHEN j.attempt = 0 AND j.run_timeout_seconds IS NOT NULL
             THEN least(j.deadline_at, {CLOCK} + make_interval(secs => j.run_timeout_seconds)) ELSE j.deadline_at END
     FROM fitting WHERE j.id = fitting.id
-    RETURNING j.*, fitting.place, fitting.paused_at AS was_paused_at, fitting.charge
+    RETURNING j.*, fitting.place, fitting.paused_at AS was_paused_at, fitting.charge,
+        {UNUSED_TOKENS} AS unused_tokens, {EXCESS_TOKENS} AS excess_tokens
 ),
-moved AS (SELECT id, tenant_id, -1 AS queued, 1 AS running, charge FROM claimed),
+moved AS (
+    SELECT id, tenant_id, -1 AS queued, 1 AS running, charge, -cost AS queued_tokens, unused_tokens, excess_tokens
+    FROM claimed
+),
 {COUNTED}
 SELECT c.id, c.tenant_id, c.attempt, p.request::text AS request, p.prompt_token_ids, p.input_lengths,
     c.max_tokens, c.seed, c.priority, p.request_id, p.traceparent, c.eta,

@@ -110,7 +110,26 @@ def _change(session: Session, tenant_id: UUID, key_id: str, values: Mapping[str,
         session.execute(insert(LimitSet).values(tenant_id=tenant_id, key_id=key_id).on_conflict_do_nothing())
         session.execute(insert(LimitUse).values(tenant_id=tenant_id, key_id=key_id).on_conflict_do_nothing())
     session.execute(update(LimitSet).where(*own).values(**values))
+    if key_id == OF_TENANT and values.get("queued_tokens") is not None:
+        count_queued_tokens(session, [tenant_id])
     session.execute(delete(LimitSet).where(*own, *(getattr(LimitSet, name).is_(None) for name in LIMIT_NAMES)))
+
+
+_LOCK_LOADS = text("SELECT FROM tenant_load WHERE tenant_id = ANY(CAST(:ids AS uuid[])) ORDER BY tenant_id FOR UPDATE")
+
+# The sum is read after the lock, so that a concurrent change of a job adds to it.
+_COUNT_QUEUED_TOKENS = text("""
+UPDATE tenant_load l SET num_queued_tokens = (
+    SELECT coalesce(sum(j.cost), 0) FROM jobs j WHERE j.tenant_id = l.tenant_id AND j.status = 'queued')
+WHERE l.tenant_id = ANY(CAST(:ids AS uuid[]))
+""")
+
+
+def count_queued_tokens(session: Session, tenant_ids: Sequence[UUID]) -> None:
+    """Count anew what these tenants' queued jobs may take. Processes of the last release do not count it."""
+    if tenant_ids:
+        session.execute(_LOCK_LOADS, {"ids": list(tenant_ids)})
+        session.execute(_COUNT_QUEUED_TOKENS, {"ids": list(tenant_ids)})
 
 
 def copy_limits(session: Session, tenant_id: UUID, key_id: str, *, to_key_id: str) -> None:

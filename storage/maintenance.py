@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from domain.jobs import first_id
+from storage import limits
 from storage.job_statements import CLOCK
 from storage.tables import MaintenanceFigure, MaintenanceTick
 
@@ -31,6 +32,13 @@ UPDATE tenant_load l SET
     num_queued = (SELECT count(*) FROM jobs j WHERE j.tenant_id = l.tenant_id AND j.status = 'queued'),
     num_running = (SELECT count(*) FROM jobs j WHERE j.tenant_id = l.tenant_id AND j.status = 'in_progress')
 WHERE l.tenant_id = ANY(CAST(:ids AS uuid[]))
+""")
+
+# Only tenants for which it is a limit, so that no others' jobs are read. Those of the last release do not count it.
+OFF_TOKENS = text("""
+SELECT l.tenant_id FROM limits x JOIN tenant_load l USING (tenant_id)
+WHERE x.key_id = '' AND x.queued_tokens IS NOT NULL AND l.num_queued_tokens <> (
+    SELECT coalesce(sum(j.cost), 0) FROM jobs j WHERE j.tenant_id = l.tenant_id AND j.status = 'queued')
 """)
 
 MAX_UNSERVED = 10_000  # jobs of a model, that are counted
@@ -84,7 +92,8 @@ SELECT clock_timestamp() AS as_of,
         AND progressed_at < {CLOCK} - make_interval(secs => CAST(:stall_seconds AS float8))) AS has_stalled,
     EXISTS (SELECT FROM jobs WHERE status = 'queued' AND least(deadline_at, start_deadline_at) <= {CLOCK}) AS has_late,
     EXISTS (SELECT FROM jobs WHERE status = 'queued') AS has_queued,
-    EXISTS (SELECT FROM job_followers) AS has_followers
+    EXISTS (SELECT FROM job_followers) AS has_followers,
+    (SELECT coalesce(sum(num_running), 0) FROM tenant_load) AS num_running
 """)  # noqa: S608  (CLOCK is a constant)
 
 
@@ -98,6 +107,7 @@ class Due:
     has_late: bool
     has_queued: bool
     has_followers: bool
+    num_running: int
 
 
 def look_for_work(session: Session, *, stall_seconds: float) -> Due:
@@ -112,6 +122,7 @@ def reconcile_load(session: Session) -> int:
     if drift_by_tenant:
         session.execute(LOCK_LOAD, {"ids": list(drift_by_tenant)})
         session.execute(RECOUNT, {"ids": list(drift_by_tenant)})
+    limits.count_queued_tokens(session, session.execute(OFF_TOKENS).scalars().all())
     return sum(drift_by_tenant.values())
 
 

@@ -159,6 +159,9 @@ class TenantLoad(Row):
     num_queued: Mapped[int] = mapped_column(server_default="0")
     num_running: Mapped[int] = mapped_column(server_default="0")
     virtual_time: Mapped[float] = mapped_column(Double, server_default="0")  # tokens / weight
+    num_queued_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")  # the costs of those that wait
+    num_unused_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")  # see storage/running_sums.py
+    num_excess_tokens: Mapped[int] = mapped_column(BigInteger, server_default="0")
 
 
 class ApiKey(Row):
@@ -433,6 +436,17 @@ class MaintenanceTick(Row):
 
     clock: Mapped[str] = mapped_column(primary_key=True)
     ticked_at: Mapped[datetime]
+
+
+class RunningSums(Row):
+    """When the counters of TenantLoad that count running jobs were last corrected: one row, or none."""
+
+    __tablename__ = "running_sums"
+    __table_args__ = (CheckConstraint("id = 1", name="id"),)
+
+    id: Mapped[int] = mapped_column(SmallInteger, primary_key=True, autoincrement=False, server_default="1")
+    corrected_at: Mapped[datetime]
+    num_corrected: Mapped[int]  # of tenants
 
 
 class Worker(Row):

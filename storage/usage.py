@@ -68,7 +68,7 @@ class UsageRecord(Row):
 #: What `RETURNING` must contain for a record, besides id, tenant_id and attempt.
 RECORDED_COLUMNS = """j.model AS model_id, j.adapter, j.kind, j.priority, j.key_id, j.created_at AS accepted_at,
         j.attempt_started_at AS claimed_at, j.first_token_at, j.num_prompt_tokens, j.engine_seconds,
-        j.cost - j.num_prompt_tokens AS num_allowed_tokens, j.eta"""
+        j.cost, j.cost - j.num_prompt_tokens AS num_allowed_tokens, j.eta"""
 
 _COLUMNS = """tenant_id, ended_at, job_id, attempt, outcome, is_attempt, is_end, key_id, model, adapter, kind, is_batch,
         num_prompt_tokens, num_cached_tokens, num_output_tokens, num_reasoning_tokens,

@@ -31,6 +31,7 @@ from local.engine_environments import environment_folder, is_installed, recipes
 from local.servers import EmbeddedPostgres, EmbeddedRedis
 from settings import Settings
 from storage import database as storage_database
+from storage.job_statements import COUNTED_AHEAD
 from storage.tables import DEFAULT_TENANT_ID, Job, JobPayload, Tenant, TenantLoad
 from tests.databases import Databases
 from tests.thorough import IS_THOROUGH
@@ -247,11 +248,18 @@ def _job_defaults(status: JobStatus, tenant_id: UUID) -> dict[str, Any]:
 
 
 def _counted(job: Job) -> Any:
+    is_queued, is_running = int(job.status is JobStatus.QUEUED), int(job.status is JobStatus.IN_PROGRESS)
+    num_unused = job.cost - job.num_prompt_tokens - (job.num_committed_tokens or 0)
+    num_sequences = max(1, (job.cost - job.num_prompt_tokens) // max(1, job.max_tokens))
+    num_excess = max(0, num_unused - COUNTED_AHEAD * num_sequences)
     return (
         update(TenantLoad)
         .where(TenantLoad.tenant_id == job.tenant_id)
         .values(
-            num_queued=TenantLoad.num_queued + int(job.status is JobStatus.QUEUED),
-            num_running=TenantLoad.num_running + int(job.status is JobStatus.IN_PROGRESS),
+            num_queued=TenantLoad.num_queued + is_queued,
+            num_running=TenantLoad.num_running + is_running,
+            num_queued_tokens=TenantLoad.num_queued_tokens + is_queued * job.cost,
+            num_unused_tokens=TenantLoad.num_unused_tokens + is_running * num_unused,
+            num_excess_tokens=TenantLoad.num_excess_tokens + is_running * num_excess,
         )
     )

@@ -50,14 +50,18 @@ class Usage:
     num_ends: int
 
 
+Counted = tuple[int, ...]  # jobs queued and running, tokens of those that are queued, and unused ones of running ones
+NOTHING: Counted = (0, 0, 0, 0)
+
+
 @dataclass(slots=True)
 class Stored:
     """All that the checker reads of SQL."""
 
     jobs: dict[str, StoredJob]
     key_by_id: dict[str, str | None]
-    counted: dict[str, tuple[int, int]]  # by tenant: (queued, running) as the rows are
-    counters: dict[str, tuple[int, int]]  # and as tenant_load has it
+    counted: dict[str, Counted]  # by tenant, as the rows are
+    counters: dict[str, Counted]  # and as tenant_load has it
     num_results: int = 0
     num_chunks: int = 0
     used: dict[str, Usage] = field(default_factory=dict)  # by job, as its view shows it
@@ -75,6 +79,20 @@ FROM jobs j"""
 RECORDED = """
 SELECT job_id, sum(num_prompt_tokens), sum(num_output_tokens), count(*) FILTER (WHERE is_end)
 FROM usage_records GROUP BY job_id"""
+
+
+# What running jobs have not taken yet is corrected once a second, so the counters may say more, and never less.
+COUNTED = """
+SELECT tenant_id::text, count(*) FILTER (WHERE status = 'queued'), count(*) FILTER (WHERE status = 'in_progress'),
+    coalesce(sum(cost) FILTER (WHERE status = 'queued'), 0),
+    coalesce(sum(cost - num_prompt_tokens - num_committed_tokens) FILTER (WHERE status = 'in_progress'), 0)
+FROM jobs GROUP BY 1"""
+
+COUNTERS = """
+SELECT l.tenant_id::text, l.num_queued, l.num_running, l.num_queued_tokens, least(l.num_unused_tokens, (
+    SELECT coalesce(sum(cost - num_prompt_tokens - num_committed_tokens), 0) FROM jobs j
+    WHERE j.tenant_id = l.tenant_id AND j.status = 'in_progress'))
+FROM tenant_load l"""
 
 
 def _usage_by_job(connection: "psycopg.Connection[Any]", query: str) -> dict[str, Usage]:
@@ -102,16 +120,11 @@ def read_stored(connection: "psycopg.Connection[Any]") -> Stored:
         own_chunks, result = chunks.get(job_id, {}), results.get(job_id)
         jobs[name] = StoredJob(name, model, status, attempt, num_failures, error_code, committed, own_chunks, result)
         keys[name] = key
-    counted = connection.execute(
-        "SELECT tenant_id::text, count(*) FILTER (WHERE status = 'queued'),"
-        " count(*) FILTER (WHERE status = 'in_progress') FROM jobs GROUP BY 1"
-    )
-    counters = connection.execute("SELECT tenant_id::text, num_queued, num_running FROM tenant_load")
     return Stored(
         jobs=jobs,
         key_by_id=keys,
-        counted={tenant: (queued, running) for tenant, queued, running in counted},
-        counters={tenant: (queued, running) for tenant, queued, running in counters},
+        counted={tenant: tuple(map(int, numbers)) for tenant, *numbers in connection.execute(COUNTED)},
+        counters={tenant: tuple(map(int, numbers)) for tenant, *numbers in connection.execute(COUNTERS)},
         num_results=len(results),
         used=_usage_by_job(connection, USED),
         recorded=_usage_by_job(connection, RECORDED),
@@ -253,7 +266,7 @@ def _judge_totals(histories: Sequence[History], stored: Stored) -> Iterator[Viol
         if len(job_ids) > 1:
             yield Violation("accepted twice", job_ids[0], f"{key} is {len(job_ids)} jobs")
     for tenant in stored.counters.keys() | stored.counted.keys():
-        counters, counted = stored.counters.get(tenant, (0, 0)), stored.counted.get(tenant, (0, 0))
+        counters, counted = stored.counters.get(tenant, NOTHING), stored.counted.get(tenant, NOTHING)
         if counters != counted:
             yield Violation("counter drift", tenant, f"tenant_load says {counters}, the rows {counted}")
 

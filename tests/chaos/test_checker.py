@@ -11,7 +11,7 @@ import pytest
 
 from gpu_worker.engine.fake_tokens import chained_token, next_link
 from tests.chaos.audit import Change, Owner, figures, judge_changes
-from tests.chaos.checker import Stored, StoredJob, Usage, broken_link, judge
+from tests.chaos.checker import NOTHING, Counted, Stored, StoredJob, Usage, broken_link, judge
 from tests.chaos.clients import Connection, Delta, History
 from tests.chaos.faults import Struck
 from tests.chaos.plant import Incarnation, Part
@@ -29,7 +29,7 @@ def make_run() -> tuple[History, Stored]:
     history = History("key", {}, 1.0, 1, 1.0, "job_a", [first, second], [], [end], 1.5)
     chunks = dict(enumerate(TEXTS, start=1))
     job = StoredJob("job_a", "fake", "completed", 1, 0, None, 3, chunks, "".join(TEXTS))
-    counters = {"tenant": (0, 0)}
+    counters: dict[str, Counted] = {"tenant": NOTHING}
     stored = Stored({"job_a": job}, {"job_a": "key"}, dict(counters), dict(counters))
     stored.used = {"job_a": Usage(5, 3, 1)}
     stored.recorded = dict(stored.used)
@@ -102,7 +102,7 @@ def _accept_twice(history: History, stored: Stored) -> None:
 
 
 def _drift(history: History, stored: Stored) -> None:
-    stored.counters["tenant"] = (0, 1)
+    stored.counters["tenant"] = (0, 1, 0, 0)
 
 
 def _invent(history: History, stored: Stored) -> None:

@@ -19,10 +19,10 @@ from domain.jobs import JobStatus, Lane, external_id
 from local.servers import EmbeddedRedis
 from maintenance.janitor import Janitor
 from settings import Settings
-from storage import batches, job_queries, jobs, maintenance, workers
+from storage import batches, job_queries, jobs, maintenance, running_sums, workers
 from storage.files import BatchLine
 from storage.stream_channels import channel_of
-from storage.tables import DEFAULT_TENANT_ID, Job, TenantLoad
+from storage.tables import DEFAULT_TENANT_ID, Job, RunningSums, TenantLoad
 from storage.workers import WorkerReport
 from tasks.dispatch import count_waiting
 from tasks.messages import priority_keys
@@ -315,6 +315,21 @@ def test_wrong_counters_are_found_and_put_right(
         assert (load.num_queued, load.num_running) == (1, 0)
         assert maintenance.figures(session)["load_drift", ""] == 5
         assert maintenance.reconcile_load(session) == 0
+
+
+def test_sums_of_what_runs_are_corrected_where_there_is_much(
+    janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session]
+) -> None:
+    with session_factory.begin() as session:
+        session.execute(update(TenantLoad).values(num_unused_tokens=7, num_running=running_sums.MANY_RUNNING - 1))
+    janitor.tick()
+    with session_factory.begin() as session:
+        assert session.get_one(TenantLoad, DEFAULT_TENANT_ID).num_unused_tokens == 7, "few are read by who needs them"
+        session.execute(update(TenantLoad).values(num_unused_tokens=10_000, num_running=running_sums.MANY_RUNNING))
+    janitor.tick()
+    with session_factory() as session:
+        assert session.get_one(TenantLoad, DEFAULT_TENANT_ID).num_unused_tokens == 0
+        assert session.get_one(RunningSums, 1).num_corrected == 1
 
 
 def test_jobs_that_nobody_serves_and_rows_that_break_the_rules_are_told(

@@ -6,13 +6,13 @@ from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import text
+from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.access import Limits
 from local.servers import EmbeddedRedis
 from settings import Settings
-from storage import administration, job_accept, limits, tenants
+from storage import administration, job_accept, limits, maintenance, tenants
 from storage.administration import KeyChanges, TenantChanges
 from storage.job_accept import AcceptOutcome, NewJob
 from storage.tables import Tenant, TenantLoad
@@ -343,6 +343,28 @@ def test_jobs_of_a_whole_tenant_are_counted_by_its_counters(
         load.num_queued, load.num_running = 3, 2
     answer = refused(caller.client, "too_many_unfinished_jobs")
     assert "5 jobs of your tenant are waiting or running" in answer.json()["error"]["message"]
+
+
+def test_tokens_that_wait_are_counted_once_a_tenant_has_a_limit_on_them(
+    make_caller: Callable[[], Caller], session_factory: sessionmaker[Session]
+) -> None:
+    """Before, processes of an earlier release may have changed the queue, which counted them nowhere."""
+    caller = make_caller()
+    first = post_job(caller.client)["id"]
+    no_count = update(TenantLoad).where(TenantLoad.tenant_id == caller.tenant_id).values(num_queued_tokens=0)
+    with session_factory.begin() as session:
+        session.execute(no_count)
+    caller.limit_tenant(queued_tokens=50)
+    post_job(caller.client)
+    answer = refused(caller.client, "too_many_queued_tokens")
+    assert "the jobs of your tenant that wait may take 42 tokens, this one 21" in answer.json()["error"]["message"]
+    with session_factory.begin() as session:
+        session.execute(no_count)
+    with session_factory.begin() as session:
+        assert maintenance.reconcile_load(session) == 0, "no job is missing"
+    refused(caller.client, "too_many_queued_tokens")
+    caller.client.post(f"/v1/jobs/{first}/cancel")
+    post_job(caller.client)
 
 
 def test_streams_of_a_key_are_counted_and_its_stream_tokens_too(make_caller: Callable[[], Caller]) -> None:

@@ -32,6 +32,7 @@ OF_THE_INSTALLATION = {
     "model_states",
     "maintenance_figures",
     "maintenance_ticks",
+    "running_sums",
     "model_pulls",
     "processes",
 }

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import BATCH_PRIORITY, JobStatus, Lane
 from domain.requests import GenerationRequest
-from storage import job_accept, jobs
+from storage import job_accept, jobs, running_sums
 from storage.jobs import ChunkCommit, Finalisation
 from storage.tables import Job, JobPayload, TenantLoad
 from tests.conftest import MakeJob, MakeTenant
@@ -129,10 +129,15 @@ class TestOrder:
         shares = [received[tenant_id] / weight for tenant_id, weight in tenants.items()]
         assert sum(shares) ** 2 / (len(shares) * sum(share**2 for share in shares)) >= 0.95  # Jain's index
 
+    @pytest.mark.parametrize("are_kept", [False, True])
     def test_a_long_job_that_runs_does_not_put_its_tenant_behind_all_others(
-        self, session: Session, make_job: MakeJob, make_tenant: MakeTenant
+        self, session: Session, make_job: MakeJob, make_tenant: MakeTenant, are_kept: bool
     ) -> None:
-        """What it may still take counts when it takes it. So does what an ended one has not taken."""
+        """What it may still take counts when it takes it. So does what an ended one has not taken. Kept sums know
+        claims at once, and what is taken when they are corrected."""
+        if are_kept:
+            assert running_sums.correct(session) == 0
+            session.commit()
         patient, brisk = make_tenant(), make_tenant()
         long = [make_job(tenant_id=patient.id, max_tokens=100_000, cost=100_003).id for _ in range(3)]
         [first] = next_jobs(session, 1)
@@ -144,6 +149,9 @@ class TestOrder:
         assert next_jobs(session, 1) == long[1:2]
         session.execute(update(Job).where(Job.id == first).values(num_committed_tokens=1000))
         session.commit()
+        if are_kept:
+            assert running_sums.correct(session) == 1
+            session.commit()
         assert next_jobs(session, 6) == short[3:9], "by now it has taken more"
 
     def test_batch_lines_run_when_no_other_job_waits(

@@ -1,5 +1,6 @@
 """Any sequence of protocol calls, zombies and repeated calls among them, leaves the store as a small model says."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from uuid import UUID, uuid4
@@ -13,9 +14,9 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus, Lane
 from domain.requests import TokenChunk
-from storage import job_accept, jobs, workers
+from storage import job_accept, jobs, running_sums, workers
 from storage.job_accept import AcceptOutcome
-from storage.job_statements import PROVEN_TOKENS
+from storage.job_statements import COUNTED_AHEAD, PROVEN_TOKENS
 from storage.jobs import ChunkCommit, Finalisation
 from storage.partial_results import REASON_BY_STATUS
 from storage.tables import DEFAULT_TENANT_ID, Job, JobChunk, JobResult, TenantLoad
@@ -28,6 +29,8 @@ WORKERS = [uuid4() for _ in range(3)]
 MAX_FAILURES = 1
 MAX_QUEUED = 2
 RUNNING = JobStatus.IN_PROGRESS
+PROMPT_TOKENS, MAX_TOKENS = 3, 260  # a few of which a running job does not count for
+COST = PROMPT_TOKENS + MAX_TOKENS
 
 
 @dataclass
@@ -59,6 +62,14 @@ class ModelJob:
     @property
     def lane(self) -> Lane:
         return Lane.ISOLATED if self.num_suspicions >= 2 else Lane.STANDARD
+
+    @property
+    def num_unused(self) -> int:
+        return MAX_TOKENS - len(self.chunks)
+
+    @property
+    def num_excess(self) -> int:
+        return max(0, self.num_unused - COUNTED_AHEAD)
 
     def end(self, status: JobStatus) -> None:
         self.status, self.owner, self.is_lapsed = status, None, False
@@ -95,9 +106,11 @@ class Store(RuleBasedStateMachine):
         self.sessions = sessions
         self.jobs: dict[UUID, ModelJob] = {}
         self.beliefs: list[Belief] = []
+        self.late: Counter[str] = Counter()  # by how much the sums of what runs are more than that
         with self.sessions.begin() as session:
             session.execute(text("TRUNCATE jobs CASCADE"))
-            session.execute(update(TenantLoad).values(num_queued=0, num_running=0, virtual_time=0))
+            nothing = {column: 0 for column in TenantLoad.__table__.columns.keys() if column != "tenant_id"}  # noqa: SIM118
+            session.execute(update(TenantLoad).values(nothing))
 
     def live(self, *statuses: JobStatus) -> list[UUID]:
         return [job_id for job_id, job in self.jobs.items() if job.status in statuses]
@@ -122,7 +135,7 @@ class Store(RuleBasedStateMachine):
         return job.status is RUNNING and job.owner == belief.owner
 
     def accept(self, key: str) -> None:
-        job = new_job(idempotency_key=key, max_failures=MAX_FAILURES)
+        job = new_job(idempotency_key=key, max_failures=MAX_FAILURES, max_tokens=MAX_TOKENS)
         with self.sessions.begin() as session:
             [accepted] = job_accept.accept(session, [job], max_queued_jobs=MAX_QUEUED)
         by_key = {known.key: job_id for job_id, known in self.jobs.items()}
@@ -180,7 +193,9 @@ class Store(RuleBasedStateMachine):
             assert [(h.job_id, h.is_cancel_requested) for h in held] == (
                 [(belief.job_id, job.is_cancel_requested)] if is_held else []
             )
+        unused, excess = job.num_unused, job.num_excess
         job.chunks += chunks if is_held and is_next else []
+        self.late += Counter(unused=unused - job.num_unused, excess=excess - job.num_excess)
         job.is_lapsed = job.is_lapsed and not is_held
         if len(job.chunks) - job.num_chunks_at_claim >= PROVEN_TOKENS:
             job.num_suspicions = 0
@@ -281,6 +296,12 @@ class Store(RuleBasedStateMachine):
             job.reset_number, job.chunks, job.num_chunks_at_claim = job.last_number + 1, [], 0
 
     @rule()
+    def correct_sums(self) -> None:
+        with self.sessions.begin() as session:
+            assert running_sums.correct(session, max_off_tokens=0) == (1 if self.late else 0)
+        self.late.clear()
+
+    @rule()
     def look_for_missing_messages(self) -> None:
         with self.sessions() as session:
             found = jobs.claimable_soon(session, MODEL, model_revisions=["main"], limit=100)
@@ -309,9 +330,13 @@ class Store(RuleBasedStateMachine):
         assert load.num_queued == statuses.count(JobStatus.QUEUED)
         assert load.num_running == statuses.count(JobStatus.IN_PROGRESS)
         # Charged at a claim, corrected at the end of the attempt: the tokens taken, and the costs of those that run.
-        assert load.virtual_time == sum(
-            19 if job.status is RUNNING else 3 + len(job.chunks) if job.attempt else 0 for job in self.jobs.values()
-        )
+        taken = (PROMPT_TOKENS + len(job.chunks) if job.attempt else 0 for job in self.jobs.values())
+        running = [job for job in self.jobs.values() if job.status is RUNNING]
+        assert load.virtual_time == sum(taken) + sum(job.num_unused for job in running)
+        # The same statements keep these; what running jobs took is known at the next correction.
+        assert load.num_queued_tokens == COST * load.num_queued
+        assert load.num_unused_tokens == sum(job.num_unused for job in running) + self.late["unused"]
+        assert load.num_excess_tokens == sum(job.num_excess for job in running) + self.late["excess"]
 
 
 def test_any_sequence_of_calls_leaves_what_the_model_says(session_factory: sessionmaker[Session]) -> None:

@@ -12,7 +12,16 @@ from sqlalchemy import TextClause, select, text, update
 from sqlalchemy.orm import Session
 
 from domain.jobs import JobStatus
-from storage import admission, job_accept, job_ends, job_queries, job_queues, job_statements
+from storage import (
+    admission,
+    job_accept,
+    job_ends,
+    job_queries,
+    job_queues,
+    job_statements,
+    paces,
+    running_sums,
+)
 from storage.tables import DEFAULT_TENANT_ID, Job, TenantLoad
 from tests.conftest import MakeJob, MakeTenant
 from tests.storage_samples import MODEL, chunk, new_job, result
@@ -87,6 +96,32 @@ def test_a_claims_plan_from_before_its_jobs_came_serves_it(session: Session, mak
     assert _sum_rows(plan["Plan"]) < 1000 + 50 * size
     session.rollback()
     session.connection().exec_driver_sql("DEALLOCATE kept")
+
+
+@pytest.mark.parametrize("are_kept", [True, False])
+def test_what_is_asked_for_each_job_reads_no_running_ones_while_their_sums_are_kept(
+    session: Session, make_job: MakeJob, are_kept: bool
+) -> None:
+    """Nor does an accept read the own tenant's queue because of a limit on its tokens."""
+    make_copies(session, make_job(status=JobStatus.IN_PROGRESS), 3000)
+    make_copies(session, make_job(), 3000)
+    session.execute(text("ANALYZE jobs"))
+    running_sums.correct(session)
+    if not are_kept:
+        session.execute(text("UPDATE running_sums SET corrected_at = now() - interval '6 seconds'"))
+    session.commit()
+    accept = job_accept.of_new_jobs([new_job()]) | {"max_queued_jobs": 9000, "max_poison_jobs_per_hour": 9}
+    claim = flush_parameters([new_job().id])
+    for statement, given in [
+        (job_statements.ACCEPT, accept),
+        (job_statements.CLAIM, claim),
+        (job_statements.NEXT_IN_TURN, claim),
+        (job_statements.RECEIVED, {"tenant_ids": [DEFAULT_TENANT_ID]}),
+        (paces.STANDINGS, {}),
+    ]:
+        assert (_rows_touched(session, statement, given) < 300) == are_kept
+    limited = {"tenant_ids": [], "key_ids": [], "whole_tenant_ids": [DEFAULT_TENANT_ID]}
+    assert _rows_touched(session, admission.COUNT, limited) < 300
 
 
 def test_looking_for_batch_lines_reads_no_other_jobs(session: Session, make_job: MakeJob) -> None:
