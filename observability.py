@@ -127,15 +127,15 @@ _TEXT_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
 def _add_context(record: logging.LogRecord) -> bool:
-    trace = traceparent_context.get()
+    trace, known = traceparent_context.get(), vars(record)
     ids = {
         "job_id": job_id_context.get(),
         "request_id": request_id_context.get(),
         "trace_id": trace_id_of(trace) if trace else None,
     }
     for name, value in ids.items():
-        if value is not None and not hasattr(record, name):
-            setattr(record, name, value)
+        if value is not None:
+            known.setdefault(name, value)
     return True
 
 

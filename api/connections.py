@@ -15,7 +15,7 @@ from uvicorn._types import ASGISendEvent
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from api.errors import error_body
-from api.middleware import CUT
+from api.middleware import ARRIVED, CUT
 
 MAX_HEAD_BYTES = 32_768
 
@@ -137,7 +137,7 @@ class BoundedHttp(HttpToolsProtocol):
         if self.cycle is not None:
             self._num_head_bytes = 0  # what arrived in the same read may belong to the previous request
         super().on_message_begin()
-        self.scope["extensions"] = {CUT: {"close": self._close}}
+        self.scope["extensions"] = {CUT: {"close": self._close}, ARRIVED: {"has": self._has_arrived}}
 
     def on_headers_complete(self) -> None:
         self._is_head_complete = True
@@ -148,6 +148,10 @@ class BoundedHttp(HttpToolsProtocol):
         answering = Answering(self, self.cycle)
         self.cycle.transport = cast(asyncio.Transport, answering)
         self.cycle.send = answering.send  # type: ignore[method-assign]
+
+    def _has_arrived(self) -> bool:
+        """Whether the whole body of the current request has."""
+        return not self.cycle.more_body
 
     def handle_websocket_upgrade(self) -> None:
         # Imported for the first WebSocket, as most servers never see one.

@@ -16,8 +16,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import RequestTimeout, UnsupportedMediaType, json_response
-from api.known_bodies import ReadBody, Translated
+from api.known_bodies import Key, ReadBody, Translated
 from api.limits import LARGE_BYTES
+from api.middleware import ARRIVED
 from api.request_headers import header_of
 from api.services import caller_of, services_of
 from dialects.bodies import Model, invalid_request, parse_model
@@ -64,17 +65,32 @@ async def read_generation(
     """The body `content` of a request for generations, as `translate` makes them of it. A body without a `model` gets
     the installation's, if the route `has_default`. Raises what `parse_model` and `translate` do, ModelNotFound,
     ModelUnavailable and ServerOverloaded."""
-    services, tenant_id = caller_of(request)
-    default_model = services.catalog.default_id_for("generation") if has_default else None
-    key = (tenant_id, model, default_model, content)
-    known = services.known_bodies.find(key)
-    if known is not None and known.view is services.views.get(known.body.model):
-        note_ignored(known.ignored)
+    known, key = known_body(request, content, model, has_default=has_default)
+    if known is not None:
         return known
-    body: Any = await off_loop(request, parse_model, content, model, hints, default_model=default_model)
+    services, tenant_id = caller_of(request)
+    body: Any = await off_loop(request, parse_model, content, model, hints, default_model=key.default_model)
     view = services.views.get(body.model)
     generation = await off_loop(request, translate, body, view)
-    return ReadBody(key, body, generation, view, tuple(ignored_fields_context.get() or ()))
+    return ReadBody(tenant_id, key, body, generation, view, noted_fields())
+
+
+def known_body(
+    request: Request, content: bytes, model: type[Model], *, has_default: bool = True
+) -> tuple[ReadBody[Model, Any] | None, Key]:
+    """The body as it was read before, if that is known and still what it means; and its key."""
+    services, tenant_id = caller_of(request)
+    key = Key(model, services.catalog.default_id_for("generation") if has_default else None, content)
+    known = services.known_bodies.find(tenant_id, key)
+    if known is None or known.view is not services.views.get(known.body.model):
+        return None, key
+    note_ignored(known.ignored)
+    return known, key
+
+
+def noted_fields() -> tuple[str, ...]:
+    """The fields of the body that were ignored so far."""
+    return tuple(ignored_fields_context.get() or ())
 
 
 async def off_loop(
@@ -99,6 +115,9 @@ async def read_body(request: Request) -> bytes:
 
 
 async def _whole_body(request: Request) -> bytes:
+    arrived = request.scope.get("extensions", {}).get(ARRIVED)
+    if arrived is not None and arrived["has"]():
+        return await request.body()  # without a timer
     try:
         async with asyncio.timeout(BODY_SECONDS):
             return await request.body()

@@ -280,3 +280,6 @@ def _too_large(size: str, bound: int) -> RequestTooLarge:
 
 #: An ASGI extension: its "close" closes the connection in the middle of an answer, so that the client sees a failure.
 CUT = "celeriac.cut"
+
+#: Another one: its "has" says whether the whole body of the request has arrived.
+ARRIVED = "celeriac.arrived"

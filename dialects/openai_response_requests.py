@@ -22,7 +22,7 @@ from dialects.openai import (
     strings,
     take_effort,
 )
-from dialects.openai_response_items import ItemId, ResponseInput, Text, messages_of
+from dialects.openai_response_items import CompactionItem, ItemId, ItemReference, ResponseInput, Text, messages_of
 from dialects.openai_response_tools import (
     ResponseAllowedTools,
     ResponseFunctionTool,
@@ -141,6 +141,14 @@ class ResponseBody(ContextBody, GenerationBody):
     @property
     def has_logprobs(self) -> bool:
         return LOGPROBS in (self.include or ()) or self.top_logprobs is not None
+
+    @property
+    def is_self_contained(self) -> bool:
+        """Whether it means the same whatever is stored."""
+        if self.previous_response_id is not None or self.conversation is not None:
+            return False
+        items = () if isinstance(self.input, str) else self.input
+        return not any(isinstance(item, ItemReference | CompactionItem) for item in items)
 
 
 class InputTokensBody(ContextBody):

@@ -275,13 +275,13 @@ class Catalog:
         or ModelUnavailable, which says why."""
         content = self._content
         model_id = parse_model_name(name).id
-        reason = self.unavailable.get(model_id)
+        reason = self._failures.get(model_id) or content.reason_by_id.get(model_id)
         if reason is not None:
             raise ModelUnavailable(
                 f"model {model_id!r} is unavailable: {reason}", param="model", retry_after_seconds=RETRY_SECONDS
             )
         entry = content.entry_by_id.get(model_id)
-        if entry is None or name not in entry.names:
+        if entry is None or (name != model_id and name not in entry.names):
             near = content.entry_by_id.values() if entry is None else [entry]
             known = ", ".join(sorted(known for other in near for known in other.names))
             raise ModelNotFound(f"model {name[:200]!r} is not served here; choose one of: {known}", param="model")

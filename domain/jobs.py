@@ -8,7 +8,7 @@ characters with every prefix: `job_01J...`, `chatcmpl-01J...`, `cmpl-01J...`, `r
 Reasons for waiting are derived from facts about the job and the live workers, never guessed.
 """
 
-import secrets
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ _VALUE_BY_CHARACTER = {character: value for value, character in enumerate(ALPHAB
 
 def new_id() -> UUID:
     """A new id: milliseconds since 1970 in the upper 48 bits, 80 random bits below."""
-    return UUID(int=(time.time_ns() // 1_000_000) << 80 | secrets.randbits(80))
+    return UUID(int=(time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big"))
 
 
 def first_id(seconds: float) -> UUID:

@@ -4,11 +4,14 @@ Places follow the rule of dynamic thresholds (Choudhury and Hahne 1998, for the 
 may take another place while it holds fewer than are free. So one tenant gets at most half of the places, two get a
 third each, and one that holds none finds a place as long as any is free. Turns are places that one waits for, and those
 who wait are served in turns of their tenants. docs/adr/0054 lists what is shared in this way.
+
+What a process remembers has no places that somebody holds: whatever room there is, is used, and if there is none, the
+tenant that has most forgets something.
 """
 
 import asyncio
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextvars import ContextVar
 from typing import Generic, TypeVar
 from uuid import UUID
@@ -21,6 +24,8 @@ NO_TENANT = UUID(int=0)
 current_tenant: ContextVar[UUID] = ContextVar("current_tenant", default=NO_TENANT)
 
 Item = TypeVar("Item")
+
+Key = TypeVar("Key", bound=Hashable)
 
 
 class SharedPlaces:
@@ -135,3 +140,46 @@ class SharedTurns:
 
     def _has_room(self, tenant_id: UUID) -> bool:
         return self._places.room_of(tenant_id) > 0
+
+
+class SharedMemory(Generic[Key, Item]):
+    """What is remembered of tenants: a bounded number of items. Each tenant finds its own only. For one too many, that
+    of the tenant with most is forgotten which was not used for longest; so nobody pushes out what others have, unless
+    they have as much."""
+
+    def __init__(self, max_items: int) -> None:
+        self._max_items = max_items
+        self._items_by_tenant: OrderedDict[UUID, OrderedDict[Key, Item]] = OrderedDict()
+        self._num_items = 0
+
+    def __len__(self) -> int:
+        return self._num_items
+
+    def find(self, tenant_id: UUID, key: Key) -> Item | None:
+        items = self._items_by_tenant.get(tenant_id)
+        found = None if items is None else items.get(key)
+        if items is not None and found is not None:
+            items.move_to_end(key)
+            self._items_by_tenant.move_to_end(tenant_id)
+        return found
+
+    def keep(self, tenant_id: UUID, key: Key, item: Item) -> None:
+        items = self._items_by_tenant.setdefault(tenant_id, OrderedDict())
+        self._num_items += key not in items
+        items[key] = item
+        items.move_to_end(key)
+        self._items_by_tenant.move_to_end(tenant_id)
+        if self._num_items > self._max_items:
+            self._forget_one()
+
+    def _forget_one(self) -> None:
+        # Of equal tenants the first one, which was not heard of for longest.
+        tenant_id = max(self._items_by_tenant, key=lambda one: len(self._items_by_tenant[one]))
+        self._items_by_tenant[tenant_id].popitem(last=False)
+        self._num_items -= 1
+        if not self._items_by_tenant[tenant_id]:
+            del self._items_by_tenant[tenant_id]
+
+    def clear(self) -> None:
+        self._items_by_tenant.clear()
+        self._num_items = 0

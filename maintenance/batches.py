@@ -277,11 +277,13 @@ class BatchWork:
         """Make a line into a job. Raises CeleriacError, even for unexpected errors, so that only this line fails."""
         try:
             asked = openai_batches.read_line(content, batch.endpoint, self._views)
+            view = self._views.get(asked.request.model)
+            preparing = self._preparer.prepare(asked.request, batch.tenant_id, view)
             try:
-                prepared = self._loop.run_until_complete(self._preparer.prepare(asked.request, batch.tenant_id))
+                prepared = self._loop.run_until_complete(preparing)
             except CeleriacError as exc:
                 raise asked.in_words(exc) from None
-            view, options = self._views.get(asked.request.model), _options(batch, line, asked)
+            options = _options(batch, line, asked)
             key_id_context.set(batch.key_id)
             mark = fingerprint(view.revision, prepared.prompt_token_ids, asked.request)
             ready = ReadyRequest(prepared, mark, answer_key=None)

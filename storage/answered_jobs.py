@@ -6,6 +6,9 @@ such a job neither waits nor runs, and no lock is taken but those of limits: wha
 another transaction may be about to use, is accepted to wait instead, and completed by the next statement of its
 transaction.
 
+Such a job counts as delivered from its birth, which saves an update of each. Delivery matters to retries without a key:
+they are attached to a job whose answer did not arrive, so that nothing is generated twice. A retry of a hit is a hit.
+
 All functions are synchronous on a `Session` and do not commit.
 """
 
@@ -22,7 +25,7 @@ from sqlalchemy.orm import Session
 
 from domain.jobs import FinishReason, JobStatus, Lane
 from domain.requests import RESULT, JobOutput
-from storage.job_accept import Accepted, AcceptOutcome, NewJob, column_values, document_of
+from storage.job_accept import Accepted, AcceptOutcome, NewJob, document_of, row_of
 from storage.job_queries import JobRecord
 from storage.job_statements import CLOCK, FRESH, HAS_ROOM, NEW, NEW_COLUMNS, NEW_VALUES, PAYLOAD, Packed, room
 from storage.tables import Job
@@ -49,11 +52,11 @@ WITH {NEW},
 {FRESH},
 inserted AS (
     INSERT INTO jobs AS j ({NEW_COLUMNS}, status, answered_by, model_revision, finish_reason, committed_sequence_number,
-        reset_sequence_number, num_committed_tokens, started_at, first_token_at, finished_at, prune_at)
+        reset_sequence_number, num_committed_tokens, started_at, first_token_at, finished_at, prune_at, delivered_at)
     SELECT {NEW_VALUES}, 'completed', l.id, l.model_revision, l.finish_reason, l.committed_sequence_number,
         l.reset_sequence_number, l.num_committed_tokens, {CLOCK},
         CASE WHEN l.first_token_at IS NOT NULL THEN {CLOCK} END, {CLOCK},
-        {CLOCK} + make_interval(secs => f.result_ttl_seconds)
+        {CLOCK} + make_interval(secs => f.result_ttl_seconds), {CLOCK}
     FROM fresh f JOIN load USING (tenant_id) JOIN jobs l ON l.id = f.leader_id AND l.tenant_id = f.tenant_id
     WHERE {HAS_ROOM} AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id)
     ON CONFLICT DO NOTHING
@@ -90,9 +93,8 @@ def accept_answered(
     answered = [(job, leaders[key]) for job in asking if (key := (job.tenant_id, job.answer_key)) in leaders]
     if not answered:
         return {}
-    values = [column_values(place, job) | {"leader_id": leader} for place, (job, (leader, _)) in enumerate(answered)]
     parameters = {
-        "jobs": document_of(values),
+        "jobs": document_of([row_of(place, job, leader) for place, (job, (leader, _)) in enumerate(answered)]),
         "max_queued_jobs": max_queued_jobs,
         "max_poison_jobs_per_hour": max_poison_jobs_per_hour,
     }
@@ -170,7 +172,7 @@ def _born(new_job: NewJob, row: Row[Any]) -> Job:
         started_at=now,
         first_token_at=row.first_token_at,
         finished_at=now,
-        delivered_at=None,
+        delivered_at=now,
         prune_at=now + timedelta(seconds=new_job.result_ttl_seconds),
         attempt_started_at=None,
         progressed_at=None,

@@ -82,6 +82,7 @@ class NewJob:
     )
     is_limited: bool = False  # its tenant or key may have limits
     call: ClientCall | None = None  # that takes several jobs, of which this is one
+    written: bytes | None = None  # what `written_once` made of an equal job
 
     @property
     def cost(self) -> int:
@@ -255,38 +256,50 @@ def _outcomes_of_others(session: Session, job_by_place: dict[int, NewJob]) -> di
 
 
 def of_new_jobs(new_jobs: Sequence[NewJob]) -> dict[str, Any]:
-    return {"jobs": document_of([column_values(place, job) for place, job in enumerate(new_jobs)])}
+    return {"jobs": document_of([row_of(place, job) for place, job in enumerate(new_jobs)])}
 
 
-def document_of(jobs: Sequence[dict[str, Any]]) -> str:
+def document_of(rows: Sequence[orjson.Fragment]) -> str:
     """All of them as one JSON document: psycopg would look at each item of thirty arrays several times. What is JSON
     itself is a string in it, since PostgreSQL refuses a U+0000 that it meets while it takes the document apart. Raises
     CannotSendTogether."""
-    try:
-        document = orjson.dumps(jobs)
-    except TypeError as exc:  # a text that no encoding has
-        raise CannotSendTogether from exc
-    if len(document) > MAX_DOCUMENT_BYTES and len(jobs) > 1:
+    document = orjson.dumps(rows)
+    if len(document) > MAX_DOCUMENT_BYTES and len(rows) > 1:
         raise CannotSendTogether
     return document.decode()
 
 
-def column_values(place: int, job: NewJob) -> dict[str, Any]:
-    """Its part of that document."""
-    request = job.request
-    return {
+def row_of(place: int, job: NewJob, leader_id: UUID | None = None) -> orjson.Fragment:
+    """The job's part of that document. `leader_id` is that of the job whose answer it has. Raises
+    CannotSendTogether."""
+    own = {
         "place": place,
         "id": job.id,
+        "idempotency_key": job.idempotency_key,
+        "deadline_at": job.deadline_at,
+        "retry_of": job.retry_of,
+        "request_id": job.request_id,
+        "traceparent": job.traceparent,
+        "key_id": job.key_id,
+        "eta": job.eta and f"{{{','.join(map(str, job.eta.stored))}}}",
+        "call_size": 1 if job.call is None else job.call.num_jobs,
+        "leader_id": leader_id,
+    }
+    return orjson.Fragment(_dumped(own)[:-1] + b"," + (job.written or written_once(job))[1:])
+
+
+def written_once(job: NewJob) -> bytes:
+    """The columns that the jobs of a request have in common, as JSON. Raises CannotSendTogether."""
+    request = job.request
+    shared = {
         "tenant_id": job.tenant_id,
         "model": request.model_id,
         "adapter": request.adapter,
         "model_revision": job.model_revision,
         "priority": job.priority,
-        "idempotency_key": job.idempotency_key,
         "request_hash": _hex(job.request_hash),
         "max_failures": job.max_failures,
         "start_timeout": job.start_timeout_seconds,
-        "deadline_at": job.deadline_at,
         "run_timeout_seconds": job.run_timeout_seconds,
         "num_prompt_tokens": len(job.prompt_token_ids),
         "max_tokens": job.max_tokens,
@@ -305,14 +318,17 @@ def column_values(place: int, job: NewJob) -> dict[str, Any]:
         "prompt_token_ids": _int_array(job.prompt_token_ids),
         "fingerprint": _hex(job.fingerprint),
         "lane": job.lane,
-        "retry_of": job.retry_of,
-        "request_id": job.request_id,
-        "traceparent": job.traceparent,
-        "key_id": job.key_id,
-        "eta": job.eta and f"{{{','.join(map(str, job.eta.stored))}}}",
-        "call_size": 1 if job.call is None else job.call.num_jobs,
         "callback": None if job.callback is None else job.callback.model_dump_json(),
     }
+    return _dumped(shared)
+
+
+def _dumped(columns: dict[str, Any]) -> bytes:
+    """Without those that are NULL, so that PostgreSQL has less to read."""
+    try:
+        return orjson.dumps({name: value for name, value in columns.items() if value is not None})
+    except TypeError as exc:  # a text that no encoding has
+        raise CannotSendTogether from exc
 
 
 def _hex(digest: bytes | None) -> str | None:

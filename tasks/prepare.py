@@ -384,11 +384,10 @@ class RequestPreparer:
         self._grammar_gate.prepare(self._views.loaded())
 
     async def prepare(
-        self, request: JobRequest, tenant_id: UUID, known_ids: list[int] | None = None
+        self, request: JobRequest, tenant_id: UUID, view: ModelView, known_ids: list[int] | None = None
     ) -> PreparedRequest:
-        """`known_ids` are those of its prompt, if they are known. Raises the CeleriacError that says why the request
-        cannot become a job."""
-        view = self._views.get(request.model)
+        """`view` is that of its model, and `known_ids` are those of its prompt, if they are known. Raises the
+        CeleriacError that says why the request cannot become a job."""
         refuse_unfit(request, view)
         if isinstance(request, EmbeddingRequest):
             return prepare_embedding(request, view, await self._tokenizing.encode_inputs(view, request))

@@ -8,9 +8,10 @@ job, which names the old one and has the same request and defaults.
 import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal
 from uuid import UUID
 
@@ -40,7 +41,7 @@ from storage.job_queries import JobRecord
 from tasks import job_log
 from tasks.accept import GroupAcceptor
 from tasks.answer_keys import answer_key
-from tasks.known_requests import KnownRequests, ReadyRequest
+from tasks.known_requests import KnownRequests, ReadyJob, ReadyRequest
 from tasks.prepare import RequestPreparer
 from tasks.webhook_http import TargetGuard
 from text.models import ModelView, ModelViews
@@ -164,7 +165,7 @@ class Submitter:
 
     async def ready(
         self, tenant_id: UUID, requests: Sequence[JobRequest], all_options: Sequence[JobOptions]
-    ) -> list[NewJob]:
+    ) -> list[ReadyJob]:
         """The jobs of one call, each to be passed to `commit`. Raises the CeleriacError that says what is wrong."""
         if len(requests) == 1:
             return [await self._ready(tenant_id, requests[0], all_options[0])]
@@ -173,21 +174,25 @@ class Submitter:
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
-        new_jobs = [outcome for outcome in outcomes if isinstance(outcome, NewJob)]
-        cost = sum(job.cost for job in new_jobs)
-        return [replace(job, call=ClientCall(n, len(new_jobs), cost)) for n, job in enumerate(new_jobs)]
+        jobs = [outcome for outcome in outcomes if isinstance(outcome, ReadyJob)]
+        cost = sum(job.new_job.cost for job in jobs)
+        calls = [ClientCall(number, len(jobs), cost) for number in range(len(jobs))]
+        return [job._replace(new_job=replace(job.new_job, call=call)) for job, call in zip(jobs, calls, strict=True)]
 
-    async def _ready(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
-        with counting_refusals(self._views.get(request.model).spec.id):
-            return with_estimate(await self.prepare(tenant_id, request, options), self._estimate)
+    async def _ready(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> ReadyJob:
+        view = self._views.get(request.model)
+        with counting_refusals(view.spec.id):
+            new_job = await self._prepare(tenant_id, request, options, view)
+            return ReadyJob(with_estimate(new_job, self._estimate), request, view)
 
     async def commit(
         self,
-        new_job: NewJob,
+        job: ReadyJob,
         options: JobOptions,
         accept: Callable[[NewJob], Awaitable[Accepted]] | None = None,
     ) -> Submitted:
         """Like `submit`, for a job that is ready."""
+        new_job = job.new_job
         with counting_refusals(new_job.request.model_id):
             note_submitted(external_id(new_job.id))
             accepted = await (accept or self._acceptor.accept)(new_job)
@@ -199,7 +204,7 @@ class Submitter:
             raise_refusal(accepted, options)
         submitted = self.conclude(new_job, accepted)
         if submitted.record is not None:
-            self._note_known(new_job, options)
+            self._known.note(job, options)
         return submitted
 
     def conclude(self, new_job: NewJob, accepted: Accepted) -> Submitted:
@@ -219,30 +224,29 @@ class Submitter:
         created_at = accepted.created_at or datetime.now(UTC)
         return Submitted(accepted.job_id, is_new, created_at, new_job, cache, accepted.record, accepted.num_queued)
 
-    def _note_known(self, new_job: NewJob, options: JobOptions) -> None:
-        """Unless the model has been replaced or removed since the request was prepared."""
-        with suppress(CeleriacError):
-            view = self._views.get(new_job.request.model)
-            if view.revision == new_job.model_revision:
-                self._known.note(view, (new_job.tenant_id, new_job.request_hash, options.use_cache), new_job)
-
     async def prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions) -> NewJob:
         """The job to be accepted, all limits checked; nothing is committed. Raises the CeleriacError that says what is
         wrong."""
-        view = self._views.get(request.model)
+        return await self._prepare(tenant_id, request, options, self._views.get(request.model))
+
+    async def _prepare(self, tenant_id: UUID, request: JobRequest, options: JobOptions, view: ModelView) -> NewJob:
         refuse_impossible_deadline(options)
         webhook_url = await self._check_webhook(options.webhook_url) or self._check_callback(options.callback)
+        make = partial(make_job, tenant_id, options, view, settings=self._settings, webhook_url=webhook_url)
+        again = self._known.find_again(view, request, options)
+        if again is not None:
+            return make(again.ready, asked=again.asked, written=again.written)
         asked = request_hash(request, options)
-        ready = self._known.find(view, (tenant_id, asked, options.use_cache))
+        ready = self._known.find(view, tenant_id, (asked, options.use_cache))
         if ready is None or not ready.is_same_again:
             known_ids = None if ready is None else ready.prepared.prompt_token_ids
-            prepared = await self._preparer.prepare(request, tenant_id, known_ids)
+            prepared = await self._preparer.prepare(request, tenant_id, view, known_ids)
             ready = ReadyRequest(
                 prepared,
                 fingerprint(view.revision, prepared.prompt_token_ids, request),
                 answer_key(request, options, view, prepared, self._settings),
             )
-        return make_job(tenant_id, options, view, ready, settings=self._settings, asked=asked, webhook_url=webhook_url)
+        return make(ready, asked=asked)
 
     async def _check_webhook(self, url: str | None) -> str | None:
         """The URL in its stored form. Raises InvalidRequest."""
@@ -305,6 +309,7 @@ def make_job(
     settings: Settings,
     asked: bytes,
     webhook_url: str | None = None,
+    written: bytes | None = None,
 ) -> NewJob:
     """`ready` is what was made of the request that was received, and `asked` its `request_hash`."""
     prepared = ready.prepared
@@ -338,6 +343,7 @@ def make_job(
         key_id=key_id_context.get(),
         is_limited=is_limited_context.get(),
         answer_key=ready.answer_key,
+        written=written,
     )
 
 
@@ -421,6 +427,7 @@ async def resubmit(
             await submitter.prepare(old.tenant_id, record.request, options),
             retry_of=old.id,
             lane=Lane.ISOLATED if how.is_poison_allowed else Lane.STANDARD,
+            written=None,
             # A Celery task has been continued by the old job's end, once and for all.
             webhook_url=None if (old.webhook_url or "").startswith(URL_PREFIX) else old.webhook_url,
             webhook_statuses=[JobStatus(status) for status in old.webhook_statuses or ()],

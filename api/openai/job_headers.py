@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from api.inputs import parse_idempotency_key
 from dialects.native import WEEK_SECONDS
 from domain.errors import InvalidRequest
-from domain.job_options import Timeouts
+from domain.job_options import NO_TIMEOUTS, Timeouts
 from domain.webhooks import MAX_URL_BYTES
 
 DEFAULT_READ_TIMEOUT_SECONDS = 600.0  # the default of the SDKs
@@ -43,9 +43,31 @@ class JobHeaders:
         return (self.read_timeout_seconds or DEFAULT_READ_TIMEOUT_SECONDS) + RETRY_SECONDS
 
 
+NAMES = frozenset(
+    {
+        b"cancel-after",
+        b"idempotency-key",
+        b"x-keep-alive",
+        b"x-on-disconnect",
+        b"x-priority",
+        b"x-run-timeout",
+        b"x-start-timeout",
+        b"x-stainless-read-timeout",
+        b"x-stainless-retry-count",
+        b"x-stainless-timeout",
+        b"x-webhook",
+    }
+)
+
+NO_JOB_HEADERS = JobHeaders(None, None, NO_TIMEOUTS, None, None, None, True, None, 0)
+
+
 def read_job_headers(headers: Headers) -> JobHeaders:
     """Raises InvalidRequest. The headers that SDKs add by themselves are ignored if they cannot be parsed."""
-    given = dict(reversed(headers.items()))  # of a name, the first counts
+    found = [(name.decode(), value.decode("latin-1")) for name, value in headers.raw if name in NAMES]
+    if not found:
+        return NO_JOB_HEADERS
+    given = dict(reversed(found))  # of a name, the first counts
     read_timeout_seconds = _number(given.get("x-stainless-read-timeout", given.get("x-stainless-timeout")))
     keep_alive = _one_of(given, "X-Keep-Alive", "on", "off") or ("on" if read_timeout_seconds is None else "off")
     return JobHeaders(

@@ -10,7 +10,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.inputs import PageQuery, QueryModel, listing, off_loop, query_parameters, read_for_model, read_query
+from api.inputs import (
+    PageQuery,
+    QueryModel,
+    known_body,
+    listing,
+    noted_fields,
+    off_loop,
+    query_parameters,
+    read_body,
+    read_for_model,
+    read_query,
+    require_json,
+)
+from api.known_bodies import Key, ReadBody
 from api.openai.answers import WholeAnswer
 from api.openai.conversation_turns import accept_in, context_in, end_turn_of
 from api.openai.item_references import with_referenced_items
@@ -31,7 +44,7 @@ from api.sse import (
     EventStream,
     frame,
 )
-from dialects.bodies import with_body_names
+from dialects.bodies import parse_model, with_body_names
 from dialects.errors import refuse_unfinished
 from dialects.fields import HINT_TREE
 from dialects.openai_compaction import CompactBody
@@ -92,14 +105,16 @@ class ItemsQuery(PageQuery):
 async def create_response(request: Request) -> Response:
     """A response like OpenAI's. It is a job like any other. If it is stored or in the background, it continues when its
     client disconnects, and can be read by its id."""
-    body = await read_for_model(request, ResponseBody, HINT_TREE)
-    if body.background and not body.is_stored:
-        raise InvalidRequest(
-            "background is true but store is false, so the answer could never be read; change one of them",
-            param="store",
-        )
+    require_json(request)
+    content = await read_body(request)
     services, _ = caller_of(request)
-    run = await start_response(request, body)
+    known, key = known_body(request, content, ResponseBody)
+    if known is None:
+        body = await off_loop(request, parse_model, content, ResponseBody, HINT_TREE, default_model=key.default_model)
+        run = await start_response(request, _refuse_unreadable(body), key=key)
+    else:
+        body = known.body
+        run = await start(request, known.generation, _asked(services, body, None))
     if not (body.stream or body.background):
         return WholeAnswer([run], lambda records: as_it_ended(services, records[0]), refuse=_refuse_without_answer)
     record = await run.read(with_request=True)
@@ -108,13 +123,28 @@ async def create_response(request: Request) -> Response:
     return _answer(await as_it_stands(services, record), run.headers)
 
 
-async def start_response(request: Request, body: ResponseBody, *, passing: Collection[UUID] = ()) -> Run:
+def _refuse_unreadable(body: ResponseBody) -> ResponseBody:
+    if body.background and not body.is_stored:
+        raise InvalidRequest(
+            "background is true but store is false, so the answer could never be read; change one of them",
+            param="store",
+        )
+    return body
+
+
+async def start_response(
+    request: Request, body: ResponseBody, *, passing: Collection[UUID] = (), key: Key | None = None
+) -> Run:
     """Returns once its job is committed. The response may continue those of the jobs `passing`, although they are not
-    stored. Raises CeleriacError."""
-    services, _ = caller_of(request)
-    body = await with_referenced_items(request, body, passing)
-    generation, turn = await _generation(request, body, passing)
-    return await start(request, generation, _asked(services, body, turn))
+    stored. By its `key`, a body that refers to nothing else is known if its answer was. Raises CeleriacError."""
+    services, tenant_id = caller_of(request)
+    whole = await with_referenced_items(request, body, passing)
+    view = services.views.get(whole.model)
+    generation, turn = await _generation(request, whole, passing)
+    run = await start(request, generation, _asked(services, whole, turn))
+    if run.record is not None and key is not None and body.is_self_contained:
+        services.known_bodies.note(ReadBody(tenant_id, key, body, generation, view, noted_fields()))
+    return run
 
 
 @router.post(

@@ -33,6 +33,7 @@ from storage.job_accept import Accepted, NewJob
 from storage.job_queries import JobRecord
 from storage.limits import return_request
 from storage.stream_channels import REDIS_OUTAGES, num_listening_processes
+from tasks.known_requests import ReadyJob
 from tasks.submit import CACHE_HEADER, CacheOutcome, request_hash
 
 log = logging.getLogger(__name__)
@@ -107,7 +108,8 @@ class Run:
 
     def note_delivered(self) -> None:
         """The client has received the complete answer."""
-        self.services.note_delivered(self.job_id)
+        if self.record is None or self.record.job.delivered_at is None:
+            self.services.note_delivered(self.job_id)
 
     def note_disconnected(self) -> None:
         """The client has disconnected: cancel the job after a grace period, unless another reader waits for it by
@@ -181,6 +183,8 @@ async def start_all(request: Request, generations: Sequence[JobRequest], asked: 
         runs = await _submit_all(services, tenant_id, generations, all_options, asked, started)
     job_id_context.set(external_id(runs[0].job_id))
     on_disconnect = job_headers.on_disconnect or ("continue" if asked.is_stored else "cancel")
+    if on_disconnect == "cancel" and job_headers.has_keep_alive:
+        return runs  # as they are made
     return [replace(run, on_disconnect=on_disconnect, has_keep_alive=job_headers.has_keep_alive) for run in runs]
 
 
@@ -281,12 +285,11 @@ async def _submit_all(
     started: float,
 ) -> list[Run]:
     try:
-        new_jobs = await services.submitter.ready(tenant_id, generations, all_options)
+        jobs = await services.submitter.ready(tenant_id, generations, all_options)
     except CeleriacError as exc:
         raise with_body_names(exc, asked.spelling) from exc
     submissions = [
-        _submit(services, new_job, options, started, asked.accept)
-        for new_job, options in zip(new_jobs, all_options, strict=True)
+        _submit(services, job, options, started, asked.accept) for job, options in zip(jobs, all_options, strict=True)
     ]
     if len(submissions) == 1:  # without a task of its own
         outcomes: list[Run | BaseException] = [await _outcome_of(submissions[0])]
@@ -299,9 +302,10 @@ async def _submit_all(
     for run in runs:
         if not run.is_replayed:
             services.spawn(_cancel(services, run))
-    if new_jobs[0].is_limited and isinstance(outcomes[0], Run) and not outcomes[0].is_replayed:
+    first = jobs[0].new_job
+    if first.is_limited and isinstance(outcomes[0], Run) and not outcomes[0].is_replayed:
         with suppress(StorageUnavailable):
-            await services.write(return_request, tenant_id, new_jobs[0].key_id)
+            await services.write(return_request, tenant_id, first.key_id)
     if isinstance(refusals[0], CeleriacError):
         raise with_body_names(refusals[0], asked.spelling) from refusals[0]
     raise refusals[0]
@@ -318,11 +322,9 @@ async def _cancel(services: Services, run: Run) -> None:
     await services.cancel(run.job_id, run.tenant_id)
 
 
-async def _submit(
-    services: Services, new_job: NewJob, options: JobOptions, started: float, accept: Accept | None
-) -> Run:
-    tenant_id = new_job.tenant_id
-    submitted = await services.submitter.commit(new_job, options, accept)
+async def _submit(services: Services, job: ReadyJob, options: JobOptions, started: float, accept: Accept | None) -> Run:
+    tenant_id = job.new_job.tenant_id
+    submitted = await services.submitter.commit(job, options, accept)
     if not submitted.is_new:
         return replace(await _found(services, tenant_id, submitted.job_id, started), is_replayed=True)
     queue = None

@@ -163,7 +163,15 @@ def num_tokenized() -> float:
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/jobs", "/v1/chat/completions", "/v1/completions", "/v1/messages", "/generate", "/api/v1/infer"],
+    [
+        "/v1/jobs",
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/generate",
+        "/api/v1/infer",
+    ],
 )
 def test_a_body_whose_answer_is_known_is_not_read_again(
     clients: tuple[httpx.Client, httpx.Client],
@@ -183,7 +191,7 @@ def test_a_body_whose_answer_is_known_is_not_read_again(
     def parse(*args: object, **fields: object) -> None:
         raise InvalidRequest("read")
 
-    monkeypatch.setattr("api.inputs.parse_model", parse)
+    monkeypatch.setattr("api.openai.responses.parse_model" if "responses" in path else "api.inputs.parse_model", parse)
     hits.append(client.post(path, json=body))
     assert [hit.headers["x-celeriac-cache"] for hit in hits] == ["hit"] * 3
     assert len({hit.headers["x-job-id"] for hit in hits}) == 3
@@ -191,6 +199,55 @@ def test_a_body_whose_answer_is_known_is_not_read_again(
     assert all("Hello" in hit.text for hit in hits)
     for somebody, asked in ((other, body), (client, body | {"model": "tiny"})):
         assert somebody.post(path, json=asked).status_code == 400
+
+
+def test_a_body_whose_answer_is_known_is_neither_hashed_again_nor_written_as_it_was_for_another_key(
+    client: httpx.Client,
+    hand_worker: HandWorker,
+    session_factory: Sessions,
+    api: ApiServer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run(hand_worker, ask(client).json()["id"], "Hello")
+    assert outcome_of(ask(client)) == (200, "hit", True)
+
+    def hashed(*args: object) -> None:
+        raise InvalidRequest("hashed")
+
+    monkeypatch.setattr("tasks.submit.request_hash", hashed)
+    job = {"model": "large", "prompt": "abc", "params": GREEDY}
+    plain, named = (client.post("/v1/jobs", json=job, headers=given) for given in ({}, {"idempotency-key": "mine"}))
+    with session_factory.begin() as session:
+        tenant_id = session.scalars(select(Job.tenant_id)).first()
+        assert tenant_id is not None
+        other_key = tenants.create_key(session, tenant_id)
+    with api.client(other_key) as other:
+        by_other_key = other.post("/v1/jobs", json=job)
+    for hit in (plain, named, by_other_key):
+        assert outcome_of(hit) == (200, "hit", True)
+    with session_factory() as session:
+        rows = session.execute(select(Job.key_id, Job.idempotency_key, Job.request_hash).order_by(Job.id)).all()
+    key_id, other_id = (key.split("_")[1] for key in (client.headers["authorization"], other_key))
+    assert [row.key_id for row in rows] == [key_id] * 4 + [other_id]
+    assert [row.idempotency_key for row in rows] == [None, None, None, "mine", None]
+    assert len({row.request_hash for row in rows}) == 1
+
+
+def test_a_hit_is_delivered_from_its_birth_so_that_its_retry_is_another_hit(
+    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(hand_worker, ask(client).json()["id"], "Hello")
+    body = {"model": "large", "prompt": "abc"} | GREEDY
+    noted: list[object] = []
+    monkeypatch.setattr(Services, "note_delivered", lambda services, job_id: noted.append(job_id))
+    first = client.post("/v1/completions", json=body)
+    retried = client.post("/v1/completions", json=body, headers={"x-stainless-retry-count": "1"})
+    assert [hit.headers["x-celeriac-cache"] for hit in (first, retried)] == ["hit", "hit"]
+    assert first.headers["x-job-id"] != retried.headers["x-job-id"]
+    assert not noted
+    with session_factory() as session:
+        job = session.get_one(Job, parse_id(first.headers["x-job-id"]))
+        assert job.delivered_at == job.finished_at
 
 
 def test_a_hit_joins_no_queue(

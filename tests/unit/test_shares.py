@@ -19,7 +19,7 @@ from api.pools import MAX_READS, MAX_WRITES
 from api.services import Services, turns_of_queries
 from dialects.native import QueueView
 from domain.errors import ServerOverloaded, StorageUnavailable
-from domain.shares import NO_TENANT, SharedPlaces, SharedQueue, SharedTurns, current_tenant
+from domain.shares import NO_TENANT, SharedMemory, SharedPlaces, SharedQueue, SharedTurns, current_tenant
 from local.shared_threads import SharedThreads
 from maintenance.webhooks import FORGET_SECONDS, MAX_FAILING, NUM_FAILURES_TO_OPEN, Hosts
 
@@ -297,3 +297,34 @@ async def test_threads_take_turns_and_skip_work_that_was_given_up() -> None:
     with pytest.raises(ZeroDivisionError):
         await threads.run(lambda: 1 // 0)
     threads.close()
+
+
+def test_who_remembers_a_thousand_things_pushes_out_none_of_a_neighbour() -> None:
+    memory = SharedMemory[int, str](8)
+    for number in range(3):
+        memory.keep(OTHER, number, "theirs")
+    for number in range(1_000):
+        memory.keep(ONE, number, "mine")
+    assert [memory.find(OTHER, number) for number in range(4)] == ["theirs"] * 3 + [None]
+    assert [number for number in range(1_000) if memory.find(ONE, number)] == list(range(995, 1_000))
+    assert len(memory) == 8
+    memory.clear()
+    assert (len(memory), memory.find(OTHER, 0)) == (0, None)
+
+
+def test_what_was_used_last_is_remembered() -> None:
+    memory = SharedMemory[int, str](3)
+    for number in range(3):
+        memory.keep(ONE, number, "mine")
+    assert memory.find(ONE, 0) == "mine"
+    memory.keep(ONE, 3, "mine")
+    assert [memory.find(ONE, number) for number in range(4)] == ["mine", None, "mine", "mine"]
+
+
+def test_of_tenants_with_one_thing_each_the_one_not_heard_of_for_longest_forgets_it() -> None:
+    memory = SharedMemory[int, str](2)
+    memory.keep(ONE, 0, "mine")
+    memory.keep(OTHER, 0, "theirs")
+    assert memory.find(ONE, 0) == "mine"
+    memory.keep(THIRD, 0, "new")
+    assert [memory.find(tenant, 0) for tenant in (ONE, OTHER, THIRD)] == ["mine", None, "new"]

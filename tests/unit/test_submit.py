@@ -2,22 +2,33 @@
 
 import asyncio
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
+from uuid import UUID
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from domain.catalog import ModelSpec
+from domain.catalog import Catalog, ModelSpec
 from domain.errors import ContextLengthExceeded, InvalidRequest, ServerOverloaded
+from domain.eta import Eta
 from domain.job_options import JobOptions
+from domain.jobs import new_id
+from domain.limits import ClientCall
 from domain.requests import ChatMessage, GenerationRequest, SamplingParams
+from settings import Settings
+from storage.job_accept import Accepted, AcceptOutcome, NewJob, row_of, written_once
+from storage.job_queries import JobRecord
+from storage.tables import Job
 from tasks import prepare
 from tasks.prepare import DEFAULT_MAX_TOKENS, TokenizingPool, resolve_params
-from tasks.submit import request_hash
+from tasks.submit import Submitter, request_hash
 from text.model_files import GenerationDefaults
-from text.models import ModelView, load_model_view
+from text.models import ModelView, ModelViews, load_model_view
 
 CONTEXT = 100
 SPEC = ModelSpec(id="fake", path="fake", backend="fake", max_model_len=CONTEXT, max_num_seqs=4)
@@ -179,3 +190,68 @@ async def test_an_endless_prompt_never_reaches_the_tokenizer(view: ModelView) ->
     with pytest.raises(ContextLengthExceeded, match="1800 characters"):
         await pool.encode(view, GenerationRequest(model="fake", messages=messages))
     pool.close()
+
+
+FAKE = """
+[[models]]
+id = "fake"
+path = "fake"
+backend = "fake"
+max_model_len = {}
+"""
+
+
+async def test_what_was_prepared_by_an_entry_that_has_changed_is_not_known_afterwards(tmp_path: Path) -> None:
+    """The answer arrives after the change: the model's files, so its revision, are as they were."""
+    file = tmp_path / "models.toml"
+    file.write_text(FAKE.format(64))
+    views = ModelViews(Catalog.load(file))
+    submitter = Submitter(Settings(), views, None, ring=lambda model, job_id: None)  # type: ignore[arg-type]
+    request, tenant_id = make_request(temperature=0), UUID(int=1)
+
+    accepted: list[NewJob] = []
+
+    async def accept(new_job: NewJob) -> Accepted:
+        file.write_text(FAKE.format(32))
+        views.refresh()
+        accepted.append(new_job)
+        return Accepted(new_job.id, AcceptOutcome.ACCEPTED, datetime.now(UTC), JobRecord(Job(), request, None))
+
+    for _ in range(2):
+        await submitter.submit(tenant_id, request, JobOptions(), accept)
+    assert [job.max_tokens + len(job.prompt_token_ids) for job in accepted] == [64, 32]
+    await submitter.aclose()
+
+
+def test_what_is_written_once_of_equal_jobs_is_what_each_would_write() -> None:
+    first = NewJob(
+        id=new_id(),
+        tenant_id=UUID(int=1),
+        request=make_request(max_tokens=3),
+        prompt_token_ids=[1, 2],
+        model_revision="r",
+        max_tokens=3,
+        seed=7,
+        max_failures=3,
+        result_ttl_seconds=60,
+        request_hash=b"h",
+        fingerprint=b"f",
+        metadata={"a": "b"},
+    )
+    own: dict[str, Any] = {
+        "id": new_id(),
+        "idempotency_key": "key",
+        "deadline_at": datetime.now(UTC),
+        "retry_of": new_id(),
+        "request_id": "req_1",
+        "traceparent": "00-1",
+        "key_id": "k",
+        "eta": Eta.at(1.0),
+        "call": ClientCall(1, 2, 3),
+    }
+    second = replace(first, **own)
+    anew = orjson.loads(orjson.dumps(row_of(1, second, UUID(int=2))))
+    assert orjson.loads(orjson.dumps(row_of(1, replace(second, written=written_once(first)), UUID(int=2)))) == anew
+    assert anew["leader_id"] == str(UUID(int=2))
+    assert set(own) - {"call"} <= set(anew)
+    assert "adapter" not in anew
