@@ -335,7 +335,7 @@ CAUSES = [
     ),
     Cause(
         "a tenant's webhook has no receiver",
-        submit(webhook="http://127.0.0.1:9/"),
+        submit(webhook="http://localhost:9/"),
         None,
         None,
         None,
