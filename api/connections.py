@@ -25,6 +25,8 @@ MAX_DISCARDED_BYTES = 64 * 2**20  # of a body whose request was answered before 
 
 DISCARD_SECONDS = 30.0  # how long the rest of such a body may take to arrive
 
+NUM_ACCEPTORS = 16
+
 UNREAD_SECONDS = 30  # the kernel drops a peer that acknowledges nothing for this long
 
 SOCKET_PATH = b"/v1/responses"  # after the path of a proxy, if there is one
@@ -232,3 +234,10 @@ def open_socket(host: str, port: int) -> socket.socket:
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
+
+
+def acceptors(listening: socket.socket) -> list[socket.socket]:
+    """The socket as many times as connections are accepted in one turn of the event loop: libuv takes one for each.
+    With a single one, whoever opens a hundred connections holds up all who connect after that for a hundred turns,
+    which take tens of milliseconds while the process is busy. The caller closes them."""
+    return [listening, *(listening.dup() for _ in range(NUM_ACCEPTORS - 1))]

@@ -9,7 +9,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from api.app import create_app
-from api.connections import BoundedHttp, open_socket
+from api.connections import BoundedHttp, acceptors, open_socket
 from observability import configure_logging
 from settings import Settings
 from tasks import tracing
@@ -34,7 +34,7 @@ def serve(settings: Settings) -> None:
         host, port = listening.getsockname()[:2]
         log.info("listening on http://%s:%s", f"[{host}]" if ":" in host else host, port)
         collect_garbage_rarely()
-        make_server(app).run(sockets=[listening])
+        make_server(app).run(sockets=acceptors(listening))
 
 
 def collect_garbage_rarely() -> None:
