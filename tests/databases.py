@@ -13,10 +13,10 @@ from typing import Any
 import psycopg
 from sqlalchemy import make_url
 
+from local.servers import OWNER
 from storage.database import migrate
 
 TEMPLATE = "migrated_template"
-OWNER = "celeriac_owner"  # the role that Celeriac has where it is not a superuser
 LEAVING_SECONDS = 0.5  # how long a server process may take to end after its client has left
 MAX_GROWTH_BYTES = 2**20  # deleted rows still take space, which affects query plans
 
@@ -64,16 +64,15 @@ class Database:
 
 
 class Databases:
-    """The databases on one server. `administrator` is a superuser's connection to it, and tests connect as the same;
-    `as_owner` connects as the role that owns the tables, for which row-level security is in force."""
+    """The databases on one server. `administrator` is a superuser's connection to it; tests connect as the role that
+    owns the tables, for which row-level security is in force."""
 
     def __init__(self, url_of: Callable[[str], str], administrator: Connection) -> None:
         self._url_of = url_of
         self.administrator = administrator
         self._unused: list[Database] = []
-        administrator.execute(f"CREATE ROLE {OWNER} LOGIN")
         administrator.execute(f"CREATE DATABASE {TEMPLATE} OWNER {OWNER}")
-        migrate(as_owner(url_of(TEMPLATE)))
+        migrate(as_role(OWNER, url_of(TEMPLATE)))
         with psycopg.connect(url_of(TEMPLATE)) as connection:
             tables = [name for (name,) in connection.execute(TABLES)]
             rows = {name: _copy_out(connection, name) for name in tables}
@@ -87,7 +86,9 @@ class Databases:
         name = f"test_{secrets.token_hex(6)}"
         self.administrator.execute(f"CREATE DATABASE {name} TEMPLATE {TEMPLATE} OWNER {OWNER}")
         connection = psycopg.connect(self._url_of(name), autocommit=True, application_name="between tests")
-        return Database(name, self._url_of(name), connection, _row(connection, LOOK), *_row(connection, SIZE))
+        return Database(
+            name, as_role(OWNER, self._url_of(name)), connection, _row(connection, LOOK), *_row(connection, SIZE)
+        )
 
     def give_back(self, database: Database) -> None:
         try:
@@ -121,9 +122,9 @@ class Databases:
         return bool(_row(connection, SIZE)[0] <= database.num_bytes + MAX_GROWTH_BYTES)
 
 
-def as_owner(url: str) -> str:
-    """The URL for the role that owns the tables."""
-    return make_url(url).set(username=OWNER).render_as_string(hide_password=False)
+def as_role(role: str, url: str) -> str:
+    """The URL for another role."""
+    return make_url(url).set(username=role).render_as_string(hide_password=False)
 
 
 def _copy_out(connection: Connection, table: str) -> bytes:

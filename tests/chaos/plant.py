@@ -255,7 +255,7 @@ class Plant:
 
     def connect(self) -> psycopg.Connection[tuple[object, ...]]:
         """To the real server, past everything that goes wrong on purpose."""
-        return psycopg.connect(self.postgres.url, autocommit=True)
+        return psycopg.connect(self.postgres.url_of(self.postgres.database), autocommit=True)
 
     def redis_client(self) -> "redis.Redis":
         return redis.Redis.from_url(self.redis.url, socket_timeout=5)

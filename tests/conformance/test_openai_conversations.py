@@ -13,16 +13,9 @@ from dialects.openai_conversations import items_of_turn
 from domain.jobs import JobStatus, parse_id, parse_id_of_other
 from storage import conversations, tenants
 from storage.tables import DEFAULT_TENANT_ID
-from tests.databases import as_owner
 from tests.integration.api_harness import ApiServer, HandWorker
 
 MODEL = "fake"
-
-
-@pytest.fixture
-def database_url(database_url: str) -> str:
-    """With PostgreSQL's row-level security in force."""
-    return as_owner(database_url)
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ def running(session_factory: sessionmaker[Session]) -> UUID:
 def copy(database_url: str, target_url: str, folder: Path) -> None:
     """As docs/operations.md tells."""
     dump = str(folder / "celeriac.dump")
-    subprocess.run([str(PROGRAMS / "pg_dump"), "--format=custom", "--file", dump, database_url], check=True)
+    options = ["--enable-row-security", "--format=custom", "--file", dump]
+    subprocess.run([str(PROGRAMS / "pg_dump"), *options, database_url], check=True)
     restore = [str(PROGRAMS / "pg_restore"), "--no-owner", "--exit-on-error", "--dbname", target_url, dump]
     subprocess.run(restore, check=True)
 

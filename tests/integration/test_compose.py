@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 import pytest
 import yaml
 
 from local.processes import free_port
+from local.servers import EmbeddedPostgres, postgres_programs
+from storage.database import migrate
+from storage.row_security import GAP
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
@@ -159,6 +163,30 @@ def stack(tmp_path: Path, empty_database_url: str) -> Iterator[Stack]:
     stack = Stack(tmp_path, empty_database_url)
     yield stack
     stack.kill_all()
+
+
+def test_celeriacs_role_is_no_superuser_and_may_make_grafanas(stack: Stack, server_folder: Path) -> None:
+    environment = stack.environment("postgres") | {"PGPASSWORD": SECRETS["POSTGRES_PASSWORD"]}
+    [script] = [volume.split(":")[0] for volume in stack.services["postgres"]["volumes"] if "initdb.d" in volume]
+    with EmbeddedPostgres(server_folder / "of-compose") as server:
+        with psycopg.connect(server.url_of("postgres"), autocommit=True) as connection:
+            connection.execute("DROP DATABASE celeriac")
+            connection.execute("DROP ROLE celeriac")
+        environment["PGHOST"] = server.url.partition("host=")[2]
+        environment["PATH"] = os.pathsep.join([str(postgres_programs()), environment["PATH"]])
+        subprocess.run([ROOT / script], env=environment, check=True)
+        migrate(server.url)
+        reader = [
+            "--username=celeriac",
+            "--set=ON_ERROR_STOP=1",
+            "--set=password=p",
+            "--file=deploy/grafana/reader.sql",
+        ]
+        for _ in range(2):  # it is safe to repeat
+            subprocess.run(["psql", "--quiet", *reader], env=environment, cwd=ROOT, check=True)
+        with psycopg.connect(server.url) as connection:
+            assert connection.execute(GAP).fetchone() == (None,)
+            assert connection.execute("SELECT pg_has_role('pg_monitor', 'USAGE')").fetchone() == (True,)
 
 
 def test_every_service_runs_by_its_own_command_and_health_check(stack: Stack) -> None:

@@ -17,7 +17,6 @@ from api.openapi import document_of
 from settings import Settings
 from storage import tenants
 from storage.tables import Tenant
-from tests.databases import as_owner
 from tests.integration.api_harness import ApiServer, HandWorker
 
 CANARY = "canary-of-one-tenant"
@@ -31,12 +30,6 @@ BODIES: dict[str, Any] = {
     "/v1/webhook_endpoints/{webhook_endpoint_id}": {"name": "other"},
     "/v1/webhook_endpoints/{webhook_endpoint_id}/test": {"event_type": "job.completed"},
 }
-
-
-@pytest.fixture
-def database_url(database_url: str) -> str:
-    """With PostgreSQL's row-level security in force."""
-    return as_owner(database_url)
 
 
 @pytest.fixture

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import psycopg
 import pytest
 
+from local.servers import SUPERUSER
 from storage.tables import DEFAULT_TENANT_ID
-from tests.databases import Database, Databases
+from tests.databases import Database, Databases, as_role
 
 TRIGGER = (
     "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN RETURN NULL; END $$;"
@@ -16,7 +17,8 @@ MANY_TENANTS = "INSERT INTO tenants (id, name) SELECT gen_random_uuid(), 'tenant
 
 
 def execute(database: Database, statement: str) -> None:
-    with psycopg.connect(database.url, autocommit=True) as connection:
+    """As the superuser, who may do all that could be found between two tests."""
+    with psycopg.connect(as_role(SUPERUSER, database.url), autocommit=True) as connection:
         connection.execute(statement)
 
 

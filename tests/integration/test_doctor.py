@@ -19,12 +19,12 @@ from celeriac import cli
 from celeriac.examination.broker import KEY_BY_PATTERN
 from celeriac.examination.results import clock_result
 from domain.jobs import WorkerState
-from local.servers import EmbeddedRedis
+from local.servers import SUPERUSER, EmbeddedRedis
 from settings import ROOT, get_settings
 from storage import maintenance, processes, workers
 from storage.processes import ProcessKind, ProcessReport
 from storage.workers import WorkerReport
-from tests.databases import as_owner
+from tests.databases import as_role
 
 MODEL = "celeriac-mini"
 
@@ -74,10 +74,10 @@ def test_where_all_is_well_nothing_fails(doctor: Doctor) -> None:
 
 @pytest.mark.usefixtures("well")
 def test_a_role_from_which_postgresql_hides_nothing_is_named(doctor: Doctor, database_url: str) -> None:
-    [about] = found(doctor(AUTH="api_key"), "row-level security")
+    [about] = found(doctor(AUTH="api_key", DATABASE_URL=as_role(SUPERUSER, database_url)), "row-level security")
     assert (about["level"], about["seen"]) == ("warn", "it is not in force: postgres is a superuser")
     assert found(doctor(AUTH="none"), "row-level security") == []  # there is only one tenant
-    [about] = found(doctor(AUTH="api_key", DATABASE_URL=as_owner(database_url)), "row-level security")
+    [about] = found(doctor(AUTH="api_key"), "row-level security")
     assert about["level"] == "ok"
 
 

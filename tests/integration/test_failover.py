@@ -17,7 +17,7 @@ from domain.catalog import Catalog
 from domain.jobs import JobStatus, parse_id
 from gpu_worker.threads import RunnerEventKind
 from local.lifetime import ending_with_us
-from local.servers import EmbeddedPostgres, postgres_programs
+from local.servers import OWNER, EmbeddedPostgres, postgres_programs
 from storage import database as storage_database
 from tests.integration.api_harness import ApiServer
 from tests.integration.runner_harness import MODEL, Rig
@@ -53,7 +53,7 @@ def standby(primary: EmbeddedPostgres, server_folder: Path) -> Iterator[Embedded
 def database_url(primary: EmbeddedPostgres, standby: EmbeddedPostgres) -> str:
     """Of both: whoever connects finds the one that takes writes."""
     hosts = "&".join(f"host={server.url.partition('host=')[2]}" for server in (primary, standby))
-    return f"postgresql://postgres@/{primary.database}?{hosts}&target_session_attrs=read-write"
+    return f"postgresql://{OWNER}@/{primary.database}?{hosts}&target_session_attrs=read-write"
 
 
 def test_no_job_is_lost_with_the_machine_of_the_primary(
@@ -131,6 +131,6 @@ def _kill(server: EmbeddedPostgres) -> None:
 
 def _execute(server: EmbeddedPostgres, statement: str) -> object:
     """The first value it gives, if any."""
-    with psycopg.connect(server.url, autocommit=True) as connection:
+    with psycopg.connect(server.url_of(server.database), autocommit=True) as connection:
         row = connection.execute(statement).fetchone() if "SELECT" in statement else connection.execute(statement)
     return row[0] if isinstance(row, tuple) else None

@@ -23,7 +23,6 @@ from storage.database import open_async_database, open_statement_database
 from storage.row_security import GAP, wall_off, warn_of_gap
 from storage.tables import Job, Row, Tenant
 from tests.conftest import MakeJob
-from tests.databases import as_owner
 from tests.integration.api_harness import ApiServer
 
 OF_THE_INSTALLATION = {
@@ -90,11 +89,6 @@ def two(session_factory: sessionmaker[Session]) -> tuple[UUID, UUID]:
                 session.execute(text(f"INSERT INTO {table.name} ({columns}) VALUES ({marks})"), row)
                 made[table.name] = row
     return both
-
-
-@pytest.fixture
-def database_url(database_url: str) -> str:
-    return as_owner(database_url)
 
 
 def run(database: AsyncEngine, work: Callable[[], Coroutine[Any, Any, None]]) -> None:

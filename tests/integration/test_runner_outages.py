@@ -143,7 +143,7 @@ def test_a_failover_to_a_server_that_is_still_a_standby_costs_running_jobs_nothi
 def _be_standby(server: EmbeddedPostgres, on_or_off: str) -> None:
     """As far as a client sees: it may read, and every write is refused."""
     options = "-c default_transaction_read_only=off"
-    with psycopg.connect(server.url, autocommit=True, options=options) as connection:
+    with psycopg.connect(server.url_of("postgres"), autocommit=True, options=options) as connection:
         connection.execute(f"ALTER SYSTEM SET default_transaction_read_only = {on_or_off}")
         connection.execute("SELECT pg_reload_conf()")
 

@@ -13,6 +13,9 @@ import pytest
 import redis
 
 from local.servers import EmbeddedPostgres, EmbeddedRedis, EmbeddedServer, EmbeddedServerError
+from storage.database import migrate
+from storage.row_security import GAP
+from tests.databases import TABLES
 from tests.waiting import SECONDS
 
 
@@ -34,6 +37,26 @@ def test_postgres_keeps_its_data_over_a_crash_and_a_restart(server_folder: Path)
     with EmbeddedPostgres(server.folder) as again, psycopg.connect(again.url) as connection:
         assert again.url == url
         assert connection.execute("SELECT n, current_setting('fsync') FROM kept").fetchone() == (7, "on")
+
+
+def test_what_an_older_release_made_as_superuser_is_given_to_our_role(server_folder: Path) -> None:
+    server = EmbeddedPostgres(server_folder / "older" / "postgres")
+    with server, psycopg.connect(server.url_of("postgres"), autocommit=True) as connection:
+        connection.execute("DROP DATABASE celeriac")
+        connection.execute("DROP ROLE celeriac")
+        connection.execute("CREATE DATABASE celeriac")
+        migrate(server.url_of("celeriac"))
+        with psycopg.connect(server.url_of("celeriac")) as older:
+            assert older.execute(GAP).fetchone() == ("postgres is a superuser",)
+    with EmbeddedPostgres(server.folder) as again, psycopg.connect(again.url) as connection:
+        assert connection.execute(GAP).fetchone() == (None,)
+        drops = [f"DROP TABLE {name} CASCADE" for (name,) in connection.execute(TABLES).fetchall()]
+        functions = "SELECT oid::regprocedure FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+        drops += [f"DROP FUNCTION {name} CASCADE" for (name,) in connection.execute(functions).fetchall()]
+        assert len(drops) > 30
+        for drop in drops:  # nothing is refused, so a later migration may change whatever it wants to
+            connection.execute(drop)
+        connection.rollback()
 
 
 def test_redis_keeps_its_data_over_a_crash_and_a_restart(server_folder: Path) -> None:
