@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from api.authentication import Authenticator
 from api.events import JobEventStream, Start
 from api.services import open_services
+from domain.shares import current_tenant
 from settings import Settings
 from storage import job_queries, tenants
 from storage.database import async_session_factory, open_statement_database
@@ -28,6 +29,7 @@ async def test_a_stream_whose_client_leaves_after_its_place_in_the_queue(
 ) -> None:
     """It is still reading the job's log then, which must end first."""
     job = make_job(model=MODEL)
+    current_tenant.set(DEFAULT_TENANT_ID)
     async with open_services(api_settings, CATALOG) as services:
         record = await services.read(job_queries.get, job.id, DEFAULT_TENANT_ID)
         assert record is not None
