@@ -95,7 +95,8 @@ SUPERUSER = "postgres"  # the database role, not the system user
 
 OWNER = "celeriac"  # no superuser, so that row-level security holds for it (ADR 58)
 
-CREATE_OWNER = f"CREATE ROLE {OWNER} LOGIN IN ROLE pg_monitor"  # which shows it others' locks, for /health and doctor
+# It may see what all sessions wait for, which /health and doctor tell, and create roles, such as Grafana's.
+CREATE_OWNER = f"CREATE ROLE {OWNER} LOGIN CREATEROLE IN ROLE pg_monitor"
 
 # What an older release made as the superuser. In one transaction, so it is all given away or nothing is.
 GIVE_TO_OWNER = f"""

@@ -161,6 +161,7 @@ def test_the_tenants_dashboard_reads_counts_and_nothing_else(plant: Plant) -> No
         [[statement]] = connection.execute(create.encode()).fetchall()
         connection.execute(statement.encode())
         connection.execute(rest.encode())
+    with plant.connect() as connection:
         connection.execute("SET ROLE celeriac_grafana")
         for panel in panels("tenant"):
             for target in panel["targets"]:
