@@ -1,6 +1,6 @@
 """Compares each operation on a full database with the same on an empty one: `python -m bench.million_jobs`.
 
-Full are a million queued jobs of a thousand tenants, a thousand running ones, and a million ended ones of one more
+Full are a million queued jobs of a thousand tenants, ten thousand running ones, and a million ended ones of one more
 tenant, with their records in the ledger. Both databases are on one embedded PostgreSQL with fsync on, whose role is a
 plain one, so row-level security is in force. Operations run by turns on both. Prints what each took and the ratio, with
 `--explain` the plans of those with a ratio over 2, then one JSON line. `--jobs 100000` is a tenth of all but those that
@@ -42,6 +42,7 @@ from storage import (
     running_sums,
     tenant_queues,
     usage,
+    usage_hours,
     webhook_deliveries,
 )
 from storage.database import keep_plans, migrate, open_database, session_factory
@@ -93,7 +94,8 @@ payloads AS (
 INSERT INTO usage_records (tenant_id, ended_at, job_id, attempt, outcome, is_attempt, is_end, key_id, model, kind,
     is_batch, num_prompt_tokens, num_cached_tokens, num_output_tokens, num_reasoning_tokens, queue_seconds,
     prefill_seconds, decode_seconds, engine_seconds, num_allowed_tokens, eta_start_seconds, eta_end_seconds)
-SELECT tenant_id, finished_at, id, 1, :status, true, true, 'key', '{model}', 'generation', false, 48, 0, 60, 0, 1, 0.1,
+SELECT tenant_id, now() - interval '1 day' + 40 * (finished_at - (now() - interval '1 day')), id, 1, :status, true,
+    true, 'key', '{model}', 'generation', false, 48, 0, 60, 0, 1, 0.1,
     2, 1, 64, 1, 3 FROM stored WHERE finished_at IS NOT NULL
 """
 
@@ -104,6 +106,12 @@ UPDATE tenant_load l SET num_queued = c.queued, num_running = c.running, num_que
         coalesce(sum(cost) FILTER (WHERE status = 'queued'), 0) AS tokens
     FROM jobs WHERE status IN ('queued', 'in_progress') GROUP BY tenant_id) c
 WHERE c.tenant_id = l.tenant_id
+"""
+
+
+REOPEN = """
+UPDATE usage_closing SET (closed_from, closed_until) = (
+    SELECT date_trunc('hour', now()) - interval '25 hours', date_trunc('hour', now()) - interval '25 hours')
 """
 
 
@@ -165,6 +173,10 @@ def fill(url: str, num_jobs: int, num_running: int, num_tenants: int = NUM_TENAN
         print(f"  {count:9,} {status}, {time.monotonic() - began_at:.0f} s", flush=True)
     with database.begin() as connection:
         connection.execute(text(COUNT))
+        connection.execute(text(REOPEN))
+    with session_factory(database).begin() as session:
+        while usage_hours.close_next(session, datetime.now(UTC) - timedelta(minutes=5)):
+            pass
     with database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         connection.execute(text("SET statement_timeout = 0"))
         connection.execute(text("VACUUM ANALYZE"))
@@ -372,7 +384,7 @@ def explain(place: Place, operation: Operation) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--jobs", type=int, default=1_000_000)
-    parser.add_argument("--running", type=int, default=1_000, help="jobs that run, all of which each claim looks at")
+    parser.add_argument("--running", type=int, default=10_000, help="jobs that run")
     parser.add_argument("--tenants", type=int, default=NUM_TENANTS, choices=range(1, NUM_TENANTS + 1), metavar="N")
     parser.add_argument("--unanalysed", action="store_true")
     parser.add_argument("--repeats", type=int, default=9)

@@ -30,6 +30,7 @@ from storage import (
     maintenance,
     running_sums,
     usage,
+    usage_hours,
     webhook_deliveries,
     workers,
 )
@@ -37,6 +38,7 @@ from storage.database import statement_factory
 from storage.jobs import Restarted, Returned
 from storage.maintenance import Due
 from storage.streams import publish
+from storage.usage_hours import Horizon
 from storage.workers import LIVE_SECONDS
 from tasks import job_log
 from tasks.dispatch import dispatch, raise_overdue_lines
@@ -114,6 +116,9 @@ EXPIRE_SECONDS = 0.3  # in a tick: claims read all jobs of a queue that are late
 PING_SECONDS = 5.0  # also without jobs to send
 AWAY_SECONDS = 5.0  # for which Redis has not answered, before it is told
 
+CLOSE_EVERY_SECONDS = 60.0
+CLOSE_SECONDS = 0.3  # in a tick
+
 CHECK_EVERY_SECONDS = 60.0
 CHECK_SHARE = 0.01  # of the time, at most, for which the database is busy with the check, which reads unfinished jobs
 
@@ -169,6 +174,8 @@ class Janitor:
         self._prune_at = 0.0
         self._is_pruning = False  # whether in this tick it is time to prune
         self._check_at = 0.0
+        self._close_at = 0.0
+        self._horizon: Horizon | None = None  # of a look before this one
         self._due: Due | None = None  # None if it could not be read: then every rule looks for itself
         self._leases_as_of: datetime | None = None  # None while leases cannot be trusted
         self._has_redis = False  # whether Redis answered in this tick
@@ -205,6 +212,7 @@ class Janitor:
             ("pruned", self._prune),
             ("pruned files", self._prune_files),
             ("pruned conversations", self._prune_conversations),
+            ("closed hours", self._close_hours),
             ("checked", self._check),
             ("cleared keys of Redis", self._clear_old_queue),
         ]
@@ -334,6 +342,7 @@ class Janitor:
             jobs.forget_poison if self._settings.archive_url else jobs.prune,  # which the archiver does
             webhook_deliveries.prune,
             partial(usage.prune, days=self._settings.usage_days),
+            partial(usage_hours.prune, days=self._settings.usage_days),
         ]
         num_rows = 0
         while kinds and monotonic() < began_at + PRUNE_SECONDS:
@@ -365,6 +374,25 @@ class Janitor:
         if num_rows:
             self._prune_at = 0.0
         return num_rows
+
+    def _close_hours(self) -> int:
+        """Sum up hours of the ledger that are complete, in short transactions."""
+        began_at = monotonic()
+        if began_at < self._close_at:
+            return 0
+        self._close_at = began_at + CLOSE_EVERY_SECONDS
+        with self._statements() as session:
+            horizon = usage_hours.horizon(session)
+        if self._horizon is None or not self._horizon.is_passed(horizon):
+            self._horizon = self._horizon or horizon
+            return 0
+        complete_until, self._horizon = self._horizon.as_of - usage_hours.GRACE, horizon
+        while monotonic() < began_at + CLOSE_SECONDS:
+            with self._sessions.begin() as session:
+                if not usage_hours.close_next(session, complete_until):
+                    return 0
+        self._close_at = began_at  # the next tick continues
+        return 0
 
     def _check(self) -> int:
         """Count inconsistencies, which should never occur, for the metrics. Returns their sum."""

@@ -24,6 +24,7 @@ from domain.jobs import MIN_PRIORITY, JobKind
 from domain.requests import GenerationResult, JobOutput
 from storage.job_statements import CLOCK
 from storage.tables import Row
+from storage.usage_hours import HOUR_SECONDS, closed_within
 
 
 class UsageRecord(Row):
@@ -183,22 +184,40 @@ class UsageTotal:
     engine_seconds: float
 
 
+_SUMS = """num_prompt_tokens, num_cached_tokens, num_output_tokens, num_reasoning_tokens,
+        queue_seconds, prefill_seconds, decode_seconds, engine_seconds"""
+
+_RECORDS = f"""
+    SELECT ended_at, tenant_id, key_id, model, adapter, kind, is_batch, is_end::int AS num_jobs,
+        is_attempt::int AS num_attempts, {_SUMS}
+    FROM usage_records WHERE ended_at >= {{start}} AND ended_at < {{end}} {{of_tenant}}"""
+
+
 # Without the tenant in a condition of its own, PostgreSQL would not use the primary key once it plans for all values.
 def _totals(of_tenant: str) -> str:
     return f"""
-WITH total AS (
+WITH part AS (  -- whole hours as they were summed up, and records before and after them
+    {_RECORDS.format(start=":start", end=":first", of_tenant=of_tenant)}
+    UNION ALL
+    {_RECORDS.format(start=":last", end=":end", of_tenant=of_tenant)}
+    UNION ALL
+    SELECT hour, tenant_id, nullif(key_id, ''), model, nullif(adapter, ''), kind, is_batch, num_jobs, num_attempts,
+        {_SUMS}
+    FROM usage_hours WHERE hour >= :first AND hour < :last {of_tenant}
+),
+total AS (
     SELECT CASE WHEN :bucket_seconds > 0 THEN
             (floor(extract(epoch FROM u.ended_at) / :bucket_seconds) * :bucket_seconds)::bigint END AS bucket,
         CASE WHEN :by_tenant THEN u.tenant_id END AS tenant_id,
         CASE WHEN :by_key THEN u.key_id END AS key_id, CASE WHEN :by_batch THEN u.is_batch END AS is_batch,
         u.model, u.adapter,
-        count(*) FILTER (WHERE u.is_end) AS num_jobs, count(*) FILTER (WHERE u.is_attempt) AS num_attempts,
+        sum(u.num_jobs)::bigint AS num_jobs, sum(u.num_attempts)::bigint AS num_attempts,
         sum(u.num_prompt_tokens)::bigint AS prompt, sum(u.num_cached_tokens)::bigint AS cached,
         sum(u.num_output_tokens)::bigint AS output, sum(u.num_reasoning_tokens)::bigint AS reasoning,
         sum(u.queue_seconds) AS queued, sum(u.prefill_seconds) AS prefill, sum(u.decode_seconds) AS decode,
         sum(u.engine_seconds) AS engine
-    FROM usage_records u
-    WHERE u.ended_at >= :start AND u.ended_at < :end {of_tenant} AND u.kind = ANY(CAST(:kinds AS text[]))
+    FROM part u
+    WHERE u.kind = ANY(CAST(:kinds AS text[]))
         AND (CAST(:key_ids AS text[]) = '{{}}' OR u.key_id = ANY(CAST(:key_ids AS text[])))
         AND (CAST(:models AS text[]) = '{{}}' OR u.model = ANY(CAST(:models AS text[])))
         AND (CAST(:is_batch AS boolean) IS NULL OR u.is_batch = :is_batch)
@@ -215,7 +234,7 @@ ORDER BY bucket, tenant, key_id, is_batch, model, adapter LIMIT {MAX_GROUPS + 1}
 
 TOTALS = text(_totals(""))
 
-TOTALS_OF_TENANT = text(_totals("AND u.tenant_id = :tenant_id"))
+TOTALS_OF_TENANT = text(_totals("AND tenant_id = :tenant_id"))
 
 PRUNE_USAGE = text(f"""
 DELETE FROM usage_records WHERE ctid = ANY(ARRAY(
@@ -227,8 +246,13 @@ def totals(session: Session, query: UsageQuery) -> list[UsageTotal]:
     """The totals by model and by what the query says, in order. More than MAX_GROUPS mean that there are more. Needs a
     transaction, for its time limit. Raises OperationalError after TOTALS_SECONDS."""
     session.execute(select(func.set_config("statement_timeout", f"{round(1000 * TOTALS_SECONDS)}ms", True)))
+    first, last = query.start, query.start
+    if query.bucket_seconds % HOUR_SECONDS == 0:
+        first, last = closed_within(session, query.start, query.end)
     parameters: dict[str, Any] = {
         "start": query.start,
+        "first": first,
+        "last": last,
         "end": query.end,
         "by_tenant": query.by_tenant,
         "by_key": query.by_key,

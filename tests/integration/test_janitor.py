@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import pytest
 import redis
-from sqlalchemy import event, text, update
+from sqlalchemy import event, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 from ulid import ULID
 
@@ -23,6 +23,7 @@ from storage import batches, job_queries, jobs, maintenance, running_sums, worke
 from storage.files import BatchLine
 from storage.stream_channels import channel_of
 from storage.tables import DEFAULT_TENANT_ID, Job, RunningSums, TenantLoad
+from storage.usage_hours import UsageClosing
 from storage.workers import WorkerReport
 from tasks.dispatch import count_waiting
 from tasks.messages import priority_keys
@@ -330,6 +331,26 @@ def test_sums_of_what_runs_are_corrected_where_there_is_much(
     with session_factory() as session:
         assert session.get_one(TenantLoad, DEFAULT_TENANT_ID).num_unused_tokens == 0
         assert session.get_one(RunningSums, 1).num_corrected == 1
+
+
+def test_hours_of_the_ledger_are_closed_at_a_later_look(
+    janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maintenance.janitor.CLOSE_EVERY_SECONDS", 0.0)
+    began_at = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(hours=30)
+    closing = select(UsageClosing.closed_until)
+    with session_factory.begin() as session:
+        session.execute(update(UsageClosing).values(closed_from=began_at, closed_until=began_at))
+    janitor.tick()
+    with session_factory() as session:
+        assert session.scalar(closing) == began_at, "what began before the first look may not have ended"
+
+    def are_closed() -> bool:
+        janitor.tick()
+        with session_factory() as session:
+            return session.scalars(closing).one() >= began_at + timedelta(hours=28)
+
+    wait_until(are_closed, "the hours are closed")
 
 
 def test_jobs_that_nobody_serves_and_rows_that_break_the_rules_are_told(

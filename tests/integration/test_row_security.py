@@ -32,6 +32,7 @@ OF_THE_INSTALLATION = {
     "maintenance_figures",
     "maintenance_ticks",
     "running_sums",
+    "usage_closing",
     "model_pulls",
     "processes",
 }
