@@ -339,7 +339,7 @@ CAUSES = [
         None,
         None,
         None,
-        tenant='"(retrying|failed|pending)"',
+        tenant=r'"last_error":"\w',
         as_tenant=reads("/v1/webhook_deliveries"),
     ),
     Cause(

@@ -43,6 +43,7 @@ LIMIT_SECONDS = 30.0
 PATIENCE_SECONDS = 45.0  # after which nobody names it any more
 LOOK_SECONDS = 0.25
 HEAL_SECONDS = 120.0
+ALARM_SECONDS = 20.0  # after which those who should say nothing are looked at
 WITNESSES = ("health", "doctor", "alert", "tenant")
 ALARMS = ("health", "alert")  # which say nothing at all of what is none of their business
 OF_THE_PAST = ("CeleriacApiUnavailable", "CeleriacJobsFail", "CeleriacWorkersLost", "CeleriacEngineEnds")  # of minutes
@@ -82,9 +83,12 @@ class Watch:
             if self.verdict.seconds.get(witness, LIMIT_SECONDS) >= LIMIT_SECONDS
         ]
         self.verdict.silent = late
-        for witness in ALARMS:
+        unasked = [witness for witness in ALARMS if getattr(self._cause, witness) is None]
+        if unasked:
+            time.sleep(max(0.0, ALARM_SECONDS - (time.monotonic() - self._began_at)))
+        for witness in unasked:
             said = {line for line in self.say(witness).splitlines() if not line.startswith(OF_THE_PAST)} - self._before
-            if getattr(self._cause, witness) is None and said:
+            if said:
                 self.verdict.needless[witness] = "\n".join(sorted(said))
         return self.verdict
 
