@@ -39,6 +39,7 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
+    api_processes: int = Field(default=1, ge=1, le=64)  # on that port
     flower_port: int = Field(default=5555, ge=0, le=65535)
     maintenance_host: str = "127.0.0.1"  # where a maintenance process serves its /health and /metrics
     maintenance_port: int = Field(default=0, ge=0, le=65535)  # 0: any free port, written to its log
@@ -80,6 +81,7 @@ class Settings(BaseSettings):
     max_streams: int = Field(default=4_000, ge=1)  # open SSE streams per API process
     stream_lifetime_seconds: float = Field(default=3_600.0, gt=0)
     stream_heartbeat_seconds: float = Field(default=15.0, gt=0)
+    api_drain_seconds: float = Field(default=20.0, ge=0)  # for answers that nobody can resume, after SIGTERM
     no_workers_seconds: float = Field(default=60.0, gt=0)  # without a live worker, before waiting requests are refused
     response_cache: Literal["off", "greedy", "seeded"] = "off"  # which requests may get an earlier job's answer
     response_cache_seconds: float = Field(default=86_400.0, gt=0)  # how old such an answer may be

@@ -136,6 +136,8 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.router.routes.extend(route for router in ROUTERS for route in router.routes)
     app.router.routes.append(response_socket.route)
     app.state.root_path = settings.root_path
+    app.state.drain_seconds = settings.api_drain_seconds
+    app.state.ports = None  # those of api/processes.py, if there are several
     app.state.max_message_bytes = settings.max_body_bytes  # of WebSockets, which the server enforces
     add_pages(app)
     return app

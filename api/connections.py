@@ -29,6 +29,8 @@ NUM_ACCEPTORS = 16
 
 UNREAD_SECONDS = 30  # the kernel drops a peer that acknowledges nothing for this long
 
+BACKLOG = 2_048  # connections that wait to be accepted; the kernel's net.core.somaxconn may allow fewer
+
 SOCKET_PATH = b"/v1/responses"  # after the path of a proxy, if there is one
 
 
@@ -226,10 +228,10 @@ class BoundedHttp(HttpToolsProtocol):
         self._drop_rest()
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """A listening socket. Port 0 means any free port."""
+def open_socket(host: str, port: int, *, is_shared: bool = False) -> socket.socket:
+    """A listening socket. Port 0 means any free port. `is_shared`: other sockets of ours may listen on it, too."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.create_server((host, port), family=family, backlog=2048)
+    listening = socket.create_server((host, port), family=family, backlog=BACKLOG, reuse_port=is_shared)
     # Inherited by every connection. Closes those whose client neither reads nor closes: they would hold memory forever.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

@@ -21,6 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.events import (
+    JobToStream,
     event_of,
     retry_until_storage_answers,
     terminal_id,
@@ -42,7 +43,6 @@ from domain.requests import TokenChunk
 from metrics import stream_resumes_total
 from storage import job_queries
 from storage.job_queries import CHUNKS_PER_READ, JobRecord
-from storage.tables import Job
 
 router = stream_router("Jobs")
 
@@ -150,7 +150,7 @@ class DurableRead(NamedTuple):
 
     services: Services
     query: DurableStreamQuery
-    job: Job
+    job: JobToStream
     content: Content
     start: int
 
@@ -216,11 +216,11 @@ async def describe_durable_stream(job_id: str, request: Request) -> Response:
 async def _asked(job_id: str, request: Request) -> DurableRead:
     services, tenant_id = caller_of(request)
     query = read_query(request, DurableStreamQuery)
-    record = await find_job_to_stream(services, job_id, tenant_id)
-    start = start_of_read(query.offset, tail_of(record.job))
+    job = await find_job_to_stream(services, job_id, tenant_id)
+    start = start_of_read(query.offset, tail_of(job))
     is_text = _prefers_text(request.headers.get("accept", ""))
-    content = PlainText(query.index) if is_text else JsonMessages(external_id(record.job.id))
-    return DurableRead(services, query, record.job, content, start)
+    content = PlainText(query.index) if is_text else JsonMessages(external_id(job.id))
+    return DurableRead(services, query, job, content, start)
 
 
 def _prefers_text(accept: str) -> bool:
@@ -230,7 +230,7 @@ def _prefers_text(accept: str) -> bool:
     return wanted[:1] == ["text/plain"]
 
 
-def tail_of(job: Job) -> int:
+def tail_of(job: JobToStream) -> int:
     """The number of the last message of the stream."""
     return terminal_id(job) if job.status.is_terminal else job.committed_sequence_number
 

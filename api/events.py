@@ -8,11 +8,11 @@ the current ones.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, Self, TypeVar
 from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,17 +20,19 @@ from sqlalchemy.exc import SQLAlchemyError
 from api.services import Services
 from api.sse import frame
 from dialects.native import PartialChoiceView, QueueView, job_view
-from domain.errors import InvalidCursor, StorageUnavailable
+from domain.errors import InvalidCursor, ServerOverloaded, StorageUnavailable
 from domain.jobs import JobStatus, external_id
 from domain.requests import TokenChunk
 from storage import job_queries
-from storage.job_queries import CHUNKS_PER_READ, JobRecord
+from storage.job_queries import CHUNKS_PER_READ
 from storage.streams import STORAGE_RETRY_SECONDS, StatusChange
 from storage.tables import Job
 
 #: How long to wait before the first query for a job's queue position, and between two later ones. A job that starts
 #: sooner than that has no job.queued event and costs no query.
 QUEUE_POLL_SECONDS = (0.1, 1.0)
+
+PIECE_BYTES = 65_536  # of frames that are sent at once, or a single frame that is longer
 
 COMMENT_AND_RETRY = b"retry: 1000\n: celeriac\n"  # sets the reconnection delay; without data, no event is dispatched
 
@@ -46,12 +48,26 @@ class Start:
     has_snapshot: bool = False
 
 
-def terminal_id(job: Job) -> int:
+class JobToStream(NamedTuple):
+    """What a stream needs to know of its job as it begins."""
+
+    id: UUID
+    tenant_id: UUID
+    model: str
+    status: JobStatus
+    committed_sequence_number: int
+
+    @classmethod
+    def of(cls, job: Job) -> Self:
+        return cls(job.id, job.tenant_id, job.model, job.status, job.committed_sequence_number)
+
+
+def terminal_id(job: Job | JobToStream) -> int:
     """The id of the terminal event of a job that has ended."""
     return job.committed_sequence_number + 1
 
 
-def start_of(job: Job, cursor: int | None, beginning: Beginning) -> Start | None:
+def start_of(job: JobToStream, cursor: int | None, beginning: Beginning) -> Start | None:
     """A cursor takes precedence over `beginning`. None if the client has already seen the terminal event. Raises
     InvalidCursor."""
     if cursor is None:
@@ -69,15 +85,14 @@ def start_of(job: Job, cursor: int | None, beginning: Beginning) -> Start | None
 class JobEventStream:
     """The encoded events of one job for one client. The caller has checked that the job belongs to the client."""
 
-    def __init__(self, services: Services, record: JobRecord, start: Start, *, with_token_ids: bool) -> None:
-        # Not the whole record, which is a tenth of what a stream takes in memory.
+    def __init__(self, services: Services, job: JobToStream, start: Start, *, with_token_ids: bool) -> None:
         self._services = services
-        self._id, self._tenant_id, self._model = record.job.id, record.job.tenant_id, record.job.model
-        self._job_id = external_id(record.job.id)
+        self._id, self._tenant_id, self._model = job.id, job.tenant_id, job.model
+        self._job_id = external_id(job.id)
         self._start = start
         self._last = start.after  # the last sequence number sent
         self._with_token_ids = with_token_ids
-        self._is_queued = record.job.status is JobStatus.QUEUED
+        self._is_queued = job.status is JobStatus.QUEUED
         self._queue: QueueView | None = None  # the last one sent
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
@@ -85,16 +100,35 @@ class JobEventStream:
         yield COMMENT_AND_RETRY
         if self._start.has_snapshot:
             yield await self._snapshot()
-        async with aclosing(self._services.streams.read(self._id, starting_after=self._last)) as events:
-            merged = interleave(events, self._queue_event, waits=QUEUE_POLL_SECONDS, is_wanted=lambda: self._is_queued)
-            async with aclosing(merged):  # first: it may be reading from `events`
-                async for event in merged:
-                    for one in await self._frames_of(event):
-                        yield one
+        async with aclosing(self._services.streams.read_batches(self._id, starting_after=self._last)) as batches:
+            merged = interleave(batches, self._queue_event, waits=QUEUE_POLL_SECONDS, is_wanted=lambda: self._is_queued)
+            async with aclosing(merged):  # first: it may be reading from `batches`
+                async for batch in merged:
+                    if isinstance(batch, bytes):
+                        if batch:
+                            yield batch
+                    elif len(batch) == 1:  # as of everything live
+                        for one in await self._frames_of(batch[0]):
+                            yield one
+                    else:
+                        async for piece in self._pieces_of(batch):
+                            yield piece
 
-    async def _frames_of(self, event: TokenChunk | StatusChange | bytes) -> list[bytes]:
-        if isinstance(event, bytes):
-            return [event] if event else []
+    async def _pieces_of(self, batch: Sequence[TokenChunk | StatusChange]) -> AsyncIterator[bytes]:
+        """Many frames at once, since each write costs more than they do."""
+        frames: list[bytes] = []
+        num_bytes = 0
+        for event in batch:
+            for one in await self._frames_of(event):
+                frames.append(one)
+                num_bytes += len(one)
+            if num_bytes >= PIECE_BYTES:
+                yield b"".join(frames)
+                frames, num_bytes = [], 0
+        if frames:
+            yield b"".join(frames)
+
+    async def _frames_of(self, event: TokenChunk | StatusChange) -> list[bytes]:
         if isinstance(event, TokenChunk):
             self._last = event.sequence_number
             return [self._chunk_frame(event)]
@@ -135,13 +169,18 @@ class JobEventStream:
         return self._status_event("job.snapshot", sequence_number=self._last, choices=choices_of(chunks))
 
     async def _terminal_frames(self) -> list[bytes]:
-        """The terminal event, with the job in its final state; empty if the job was deleted."""
-        record = await retry_until_storage_answers(
-            lambda: self._services.read(job_queries.get, self._id, self._tenant_id)
-        )
-        if record is None:
-            return []
-        return [frame(f"job.{record.job.status.value}", job_view(record), id=terminal_id(record.job))]
+        """The terminal event, with the job in its final state; empty if the job was deleted. All readers of a job want
+        it in the same moment."""
+        services, key = self._services, (self._id, self._tenant_id)
+        read = partial(_read_terminal_frames, services, *key)
+        return await retry_until_storage_answers(lambda: services.terminal_frames.read(key, read))
+
+
+async def _read_terminal_frames(services: Services, job_id: UUID, tenant_id: UUID) -> list[bytes]:
+    record = await services.read(job_queries.get, job_id, tenant_id)
+    if record is None:
+        return []
+    return [frame(f"job.{record.job.status.value}", job_view(record), id=terminal_id(record.job))]
 
 
 def encode_chunk(chunk: TokenChunk, job_id: str, *, with_token_ids: bool) -> bytes:
@@ -178,7 +217,7 @@ Answer = TypeVar("Answer")
 async def retry_until_storage_answers(ask: Callable[[], Awaitable[Item]]) -> Item:
     """Ask again until the database answers: a stream that has begun cannot answer with a 503 any more."""
     while True:
-        with suppress(StorageUnavailable):
+        with suppress(StorageUnavailable, ServerOverloaded):
             return await ask()
         await asyncio.sleep(STORAGE_RETRY_SECONDS)
 

@@ -21,6 +21,7 @@ from api.queue_monitor import STALE_SECONDS, Finding
 from api.reasons import FATAL, OF_REDIS, ReasonCode, advice
 from api.services import Services, private_router, services_of
 from dialects.openai_views import View
+from domain.errors import NotOffered
 from domain.jobs import WaitingFor
 from metrics import Process, registries
 from storage.maintenance import RecentJobs, Spread
@@ -184,7 +185,14 @@ async def health(request: Request, response: Response) -> HealthView:
 @router.get("/metrics", response_class=Response, responses={200: TEXT})
 async def metrics(request: Request) -> Response:
     """Prometheus metrics of this process and of the whole installation. If keys are required, this needs one with
-    the scope `metrics` or `admin`; a scraper sends it as `Authorization: Bearer`."""
+    the scope `metrics` or `admin`; a scraper sends it as `Authorization: Bearer`. Where several processes share a port,
+    each has them on a port of its own."""
+    ports = request.app.state.ports
+    if ports is not None and request.scope["server"][1] == ports.shared:
+        raise NotOffered(
+            f"port {ports.shared} is shared by {len(ports.own)} processes, each of which counts for itself; scrape "
+            f"each of them on its own port: {', '.join(map(str, ports.own))}"
+        )
     return Response(generate_latest(registries[Process.API]), media_type=CONTENT_TYPE_LATEST)
 
 

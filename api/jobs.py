@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import json_response
-from api.events import JobEventStream, choices_of, read_all_chunks, start_of
+from api.events import JobEventStream, JobToStream, choices_of, read_all_chunks, start_of
 from api.inputs import (
     EventsQuery,
     ListQuery,
@@ -192,8 +192,9 @@ async def stream_job(job_id: str, request: Request) -> Response:
     query = read_query(request, EventsQuery)
     include = included(query.include, {"token_ids"})
     cursor = stream_cursor(request.headers.get("last-event-id"), query.starting_after)
-    record = await find_job_to_stream(services, job_id, tenant_id, after=cursor or 0)
-    start = start_of(record.job, cursor, query.from_)
+    is_now = cursor is None and query.from_ == "now"
+    job = await find_job_to_stream(services, job_id, tenant_id, after=None if is_now else cursor or 0)
+    start = start_of(job, cursor, query.from_)
     if start is None:
         return Response(status_code=204)  # makes a browser's EventSource stop reconnecting
     services.slots.refuse_if_full()
@@ -201,12 +202,12 @@ async def stream_job(job_id: str, request: Request) -> Response:
         stream_resumes_total.inc()
     settings = services.settings
     return EventStream(
-        JobEventStream(services, record, start, with_token_ids="token_ids" in include).frames(),
+        JobEventStream(services, job, start, with_token_ids="token_ids" in include).frames(),
         heartbeat_seconds=settings.stream_heartbeat_seconds,
         lifetime_seconds=settings.stream_lifetime_seconds,
         slots=services.slots,
         draining=services.draining,
-        headers={"x-job-id": external_id(record.job.id)},
+        headers={"x-job-id": external_id(job.id)},
     )
 
 
@@ -277,27 +278,37 @@ async def find_job(
 
 async def find_job_to_stream(
     services: Services, job_id: str, tenant_id: UUID, *, after: int | None = None
-) -> JobRecord:
-    """As `find_job`, without request and result. What it returns is shared: thousands may begin to read one job at
-    once. With `after` it may be a moment old, but knows that chunk."""
+) -> JobToStream:
+    """As `find_job`. With `after` it may be a moment old, but has that chunk: thousands may begin to read one job at
+    once."""
     id_ = _parse_job_id(job_id)
-    kept = services.kept_jobs.get((id_, tenant_id), services.streams.version_of(id_))
-    if kept is not None and after is not None and kept.job.committed_sequence_number >= after:
-        record: JobRecord | None = kept
-    else:
-        read = partial(_read_job_to_stream, services, id_, tenant_id)
-        record = await services.streamed_jobs.read((id_, tenant_id), read)
-    if record is None:
-        raise _not_found(job_id)
+    job = None if after is None else _known_job(services, id_, tenant_id, after)
+    if job is None:
+        record = await services.streamed_jobs.read(
+            (id_, tenant_id), partial(_read_job_to_stream, services, id_, tenant_id)
+        )
+        if record is None:
+            raise _not_found(job_id)
+        job = JobToStream.of(record.job)
     job_id_context.set(external_id(id_))
-    return record
+    return job
+
+
+def _known_job(services: Services, id_: UUID, tenant_id: UUID, after: int) -> JobToStream | None:
+    known = services.streams.known.record(id_)
+    if known is None:
+        return None
+    record, state = known
+    if record.job.tenant_id != tenant_id or state.committed_sequence_number < after:
+        return None
+    return JobToStream.of(record.job)._replace(committed_sequence_number=state.committed_sequence_number)
 
 
 async def _read_job_to_stream(services: Services, id_: UUID, tenant_id: UUID) -> JobRecord | None:
     version = services.streams.version_of(id_)
     record = await services.read(job_queries.get, id_, tenant_id, with_result=False)
-    if record is not None and not record.job.status.is_terminal:  # one that has ended may be deleted
-        services.kept_jobs.keep((id_, tenant_id), version, record)
+    if record is not None:
+        services.streams.known.keep_record(id_, version, record)
     return record
 
 

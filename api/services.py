@@ -51,7 +51,6 @@ from settings import Settings
 from storage import job_queries, jobs
 from storage.database import OUTAGES, repeatable, within
 from storage.job_queries import JobRecord
-from storage.kept_answers import KeptAnswers
 from storage.stream_channels import REDIS_OUTAGES, channel_of
 from storage.streams import StreamMessage, StreamReader
 from tasks import job_log
@@ -104,11 +103,12 @@ class Services:
     large_bodies: RequestPlaces
     read_turns: SharedTurns
     write_turns: SharedTurns
-    draining: Signal  # set on SIGTERM: no longer ready, and streams end
+    draining: Signal  # set on SIGTERM: no longer ready, and streams end that their readers can resume
+    last_call: Signal  # set CELERIAC_API_DRAIN_SECONDS later: all others end, too
     frames: SharedFrames = field(default_factory=SharedFrames)
     known_bodies: KnownBodies = field(default_factory=KnownBodies)
     streamed_jobs: SharedReads[JobRecord | None] = field(default_factory=SharedReads)
-    kept_jobs: KeptAnswers[JobRecord] = field(default_factory=KeptAnswers)  # by their ids and their tenants'
+    terminal_frames: SharedReads[list[bytes]] = field(default_factory=SharedReads)
     background: set["asyncio.Task[None]"] = field(default_factory=set)  # the tasks of `spawn` that are not done
     delivered: list[UUID] = field(default_factory=list)  # jobs for `note_delivered`, while others are being written
     is_noting_delivered: bool = False
@@ -300,6 +300,7 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
             streams=await stack.enter_async_context(streams),
             examiner=examiner,
             draining=draining,
+            last_call=Signal(),
             slots=StreamPlaces(settings.max_streams, is_shared=is_shared),
             large_work=large_work,
             uploads=places_of_uploads(settings.max_uploads, is_shared=is_shared),

@@ -125,10 +125,14 @@ def up(model: str | None, first_job: bool) -> None:
 @main.command()
 @click.option("--host", help="Address to listen on.  [default: CELERIAC_HOST or 127.0.0.1]")
 @click.option("--port", type=int, help="Port to listen on.  [default: CELERIAC_PORT or 8000]")
-def api(host: str | None, port: int | None) -> None:
+@click.option(
+    "--processes", type=int, help="Processes that share the port, one per core.  [default: CELERIAC_API_PROCESSES or 1]"
+)
+def api(host: str | None, port: int | None, processes: int | None) -> None:
     """Serve the HTTP API."""
     _set("CELERIAC_HOST", host)
     _set("CELERIAC_PORT", port)
+    _set("CELERIAC_API_PROCESSES", processes)
     _name_in_traces("api")
     settings = _settings()
     from api.app import refuse_public_access_without_keys
@@ -139,7 +143,7 @@ def api(host: str | None, port: int | None) -> None:
         read_catalog(settings)
     refuse_shared_sessions(settings)
     refuse_taken_port("CELERIAC_PORT", settings.host, settings.port)
-    serve(settings)
+    sys.exit(serve(settings))
 
 
 @main.command()

@@ -27,7 +27,7 @@ FIRST_PROMPT = "Tell me a story about a brave little fox."
 FIRST_MAX_TOKENS = 160
 PATIENCE_SECONDS = 30.0  # after this, we name the logs of the parts that are still starting
 DRAIN_MARGIN_SECONDS = 15.0  # on top of the worker's own drain: releasing jobs, signing off
-API_STOP_SECONDS = 15.0  # longer than the API waits for its open requests
+API_STOP_MARGIN_SECONDS = 15.0  # on top of the API's own drain: open requests
 HEALTHY_SECONDS = 10.0  # the API sees a new worker at its next look, some seconds later
 MAINTENANCE_STOP_SECONDS = 25.0  # longer than maintenance waits for the webhooks being sent
 LOOPBACK = "127.0.0.1"
@@ -119,7 +119,7 @@ class Up:
         workers[0].prepare = self._choose_worker_metrics_port  # the others take the next free ones
         api = self._service("API", "api", lambda: bool(self._health()))
         api.prepare = self._choose_api_port
-        api.stop_seconds = API_STOP_SECONDS
+        api.stop_seconds = self._settings.api_drain_seconds + API_STOP_MARGIN_SECONDS
         maintenance = self._service("Maintenance", "maintenance", lambda: bool(_health_of(self._maintenance_url)))
         maintenance.prepare = self._choose_maintenance_port
         maintenance.stop_seconds = MAINTENANCE_STOP_SECONDS

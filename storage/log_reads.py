@@ -10,9 +10,8 @@ A read that has begun is joined by nobody: it may not see what was committed bef
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 from uuid import UUID
 
 from sqlalchemy.exc import DBAPIError
@@ -23,7 +22,7 @@ from domain.requests import TokenChunk
 from domain.shares import SharedTurns, current_tenant
 from storage.database import within
 from storage.job_queries import CHUNKS_PER_READ, StreamState, read_log
-from storage.kept_answers import KeptAnswers
+from storage.known_jobs import NEAR_CHUNKS, KnownJobs, LogPage
 
 log = logging.getLogger(__name__)
 
@@ -33,22 +32,7 @@ MAX_WAITING = 2**17  # more than there can be streams
 
 READ_SECONDS = 2.0  # then try another connection; the kernel takes ten seconds to notice a silently dead one
 
-NEAR_CHUNKS = 100  # between the positions of streams that share a read, which is as long for each of them
-
 READ_FAILURES = (DBAPIError, PoolTimeout, TimeoutError)
-
-
-class LogPage(NamedTuple):
-    """The state and the next chunks of a job from one snapshot, so that a terminal state comes with all its chunks. The
-    state is None if the job was deleted."""
-
-    state: StreamState | None
-    chunks: Sequence[TokenChunk]
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there may be more chunks."""
-        return len(self.chunks) == CHUNKS_PER_READ
 
 
 @dataclass(eq=False, slots=True)
@@ -76,13 +60,14 @@ class LogReads:
         self,
         sessions: async_sessionmaker[AsyncSession],
         version_of: Callable[[UUID], int | None],
+        known: KnownJobs,
         *,
         is_shared: bool,
     ) -> None:
         """`version_of` is that of StreamReader. `is_shared`: there may be several tenants, who take turns."""
         self._sessions = sessions
         self._version_of = version_of
-        self._kept = KeptAnswers[tuple[int, LogPage]]()  # with the position from which each was read
+        self._known = known
         self._turns = SharedTurns(MAX_READS, max_waiting=MAX_WAITING, what="streams wait", is_shared=is_shared)
         self._to_come: dict[UUID, deque[_Read]] = {}  # of each job that is being read
         self._tasks: set[asyncio.Task[None]] = set()
@@ -91,15 +76,6 @@ class LogReads:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def kept(self, job_id: UUID, *, after: int) -> LogPage | None:
-        """A page for a stream that begins and hears messages already, if one was read a moment ago. To be used once, as
-        a stream that asks again has reason to doubt what it was told."""
-        kept = self._kept.get(job_id, self._version_of(job_id))
-        if kept is None:
-            return None
-        lowest, page = kept
-        return page if lowest <= after <= lowest + NEAR_CHUNKS else None
 
     async def read(self, job_id: UUID, *, after: int) -> LogPage:
         """Chunks after `after`, and perhaps some before it. Raises one of READ_FAILURES."""
@@ -156,7 +132,7 @@ class LogReads:
             read.answer.cancel()
             raise
         else:
-            self._kept.keep(job_id, version, (read.lowest, page))
+            self._known.keep_page(job_id, version, read.lowest, page)
             read.answer.set_result(page)
 
     async def _query(self, job_id: UUID, after: int) -> tuple[StreamState | None, list[TokenChunk]]:

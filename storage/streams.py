@@ -32,7 +32,8 @@ from domain.jobs import JobStatus
 from domain.requests import TokenChunk
 from storage.database import within
 from storage.job_queries import StreamState, stream_states
-from storage.log_reads import READ_FAILURES, READ_SECONDS, LogPage, LogReads
+from storage.known_jobs import KnownJobs, LogPage
+from storage.log_reads import READ_FAILURES, READ_SECONDS, LogReads
 from storage.stream_channels import ChannelListener, channel_of
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,19 @@ class _Stream:
         self.heard_at = monotonic()
         self._tell()
 
+    def take_live(self) -> list[TokenChunk | StatusChange]:
+        """What has been heard and comes next. Behind a gap, the stream is behind, too."""
+        taken: list[TokenChunk | StatusChange] = []
+        heard, self.live = self.live, []
+        for chunk in heard:
+            if chunk.sequence_number == self.last + 1:
+                self.last += 1
+                taken.append(chunk)
+            elif chunk.sequence_number > self.last:
+                self.is_behind = True
+                break
+        return taken
+
     def look(self) -> None:
         """Make the stream read SQL."""
         self.is_behind = True
@@ -144,9 +158,10 @@ class StreamReader:
     ) -> None:
         """`is_shared`: there may be several tenants, who take turns at reading the log."""
         self._sessions = sessions
-        self._log = LogReads(sessions, self.version_of, is_shared=is_shared)
+        self.known = KnownJobs(self.version_of)
+        self._log = LogReads(sessions, self.version_of, self.known, is_shared=is_shared)
         self._silence_seconds = silence_seconds
-        self._streams: dict[UUID, list[_Stream]] = {}
+        self._streams: dict[UUID, set[_Stream]] = {}
         self._listener = ChannelListener(redis_url, on_message=self._on_message, on_gap=self._on_gap)
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -167,9 +182,9 @@ class StreamReader:
         return len(self._streams.get(job_id, ()))
 
     def version_of(self, job_id: UUID) -> int | None:
-        """For KeptAnswers: another one after each message about the job; None if some may be missed, or if the job has
-        not several streams, which is when nothing need be kept."""
-        return self._listener.version_of(job_id) if self.num_readers(job_id) > 1 else None
+        """For KnownJobs: another one after each message about the job; None if some may be missed, or if the job has no
+        open stream."""
+        return self._listener.version_of(job_id) if job_id in self._streams else None
 
     async def read(self, job_id: UUID, *, starting_after: int = 0) -> AsyncGenerator[TokenChunk | StatusChange]:
         """Yield every chunk after `starting_after`, each once and in order, and the status changes between them.
@@ -178,40 +193,52 @@ class StreamReader:
         A chunk that `is_reset` invalidates everything before it. The caller must have checked the job's tenant, and
         must close the generator (`contextlib.aclosing`) if the consumer may leave early.
         """
+        async with aclosing(self.read_batches(job_id, starting_after=starting_after)) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def read_batches(
+        self, job_id: UUID, *, starting_after: int = 0
+    ) -> AsyncGenerator[Sequence[TokenChunk | StatusChange]]:
+        """As `read`, all that is there at once."""
         stream = _Stream(job_id, starting_after)
-        self._streams.setdefault(job_id, []).append(stream)
+        self._streams.setdefault(job_id, set()).add(stream)
         try:
             # Subscribe first, then read the log. The other order loses a chunk published in between; this order can
             # only repeat one, and `last` drops it.
             await self._listener.add(job_id)
             stream.heard_at = monotonic()
-            async with aclosing(self._follow(stream)) as events:
-                async for event in events:
-                    yield event
+            async with aclosing(self._follow(stream)) as batches:
+                async for batch in batches:
+                    yield batch
         finally:
             await self._leave(stream)
 
-    async def _follow(self, stream: _Stream) -> AsyncGenerator[TokenChunk | StatusChange]:
-        kept = self._log.kept(stream.job_id, after=stream.last)
+    async def _follow(self, stream: _Stream) -> AsyncGenerator[list[TokenChunk | StatusChange]]:
+        known = self._known_to(stream)
         while True:
             if stream.is_behind:
                 stream.is_behind = False  # before reading, so that a message during the read is not lost
-                page, kept = kept or await self._read_log(stream), None
+                page, known = known or await self._read_log(stream), None
                 stream.is_behind |= page.is_full
                 state = page.state
-                for event in _advance(stream, state, page.chunks):
-                    yield event
+                if events := list(_advance(stream, state, page.chunks)):
+                    yield events
                 if state is None or (state.status.is_terminal and stream.knows(state)):
                     return
-            while stream.live and not stream.is_behind:
-                chunk = stream.live.pop(0)
-                if chunk.sequence_number == stream.last + 1:
-                    stream.last += 1
-                    yield chunk
-                elif chunk.sequence_number > stream.last:
-                    stream.is_behind = True
+            if not stream.is_behind and (chunks := stream.take_live()):
+                yield chunks
             if not stream.is_behind and not stream.live:
                 await stream.wait_for_news()
+
+    def _known_to(self, stream: _Stream) -> LogPage | None:
+        """What a stream that begins need not read. It is then as old as its neighbours that know it."""
+        known = self.known.page(stream.job_id, after=stream.last)
+        if known is None:
+            return None
+        page, stream.heard_at = known
+        return page
 
     async def _read_log(self, stream: _Stream) -> LogPage:
         """Retries while the database is down."""
@@ -230,16 +257,18 @@ class StreamReader:
         streams.remove(stream)
         if not streams:
             del self._streams[stream.job_id]
+            self.known.forget(stream.job_id)
             await self._listener.remove(stream.job_id)
 
     def _on_message(self, job_id: UUID, payload: bytes) -> None:
         """Queue a message for the job's streams. Redis is not trusted: an invalid message is dropped."""
-        streams = self._streams.get(job_id, [])
+        streams = self._streams.get(job_id, set())
         try:
             message = StreamMessage.model_validate_json(payload)
         except ValidationError:
             log.warning("dropped a malformed message on a stream", extra={"job_id": str(job_id)})
             return
+        self.known.hear(job_id, message.chunk)
         for stream in streams:
             if message.chunk is not None:
                 stream.offer(message.chunk)
@@ -249,13 +278,15 @@ class StreamReader:
     def _on_gap(self, job_id: UUID) -> None:
         """Mark the job's streams to be checked. Does not read SQL immediately: after an outage of Redis, this is called
         for all streams, and one query serves them all."""
-        for stream in self._streams.get(job_id, []):
+        self.known.forget(job_id)
+        for stream in self._streams.get(job_id, ()):
             stream.heard_at = -math.inf
 
     async def _watch_silence(self) -> None:
         """Check SQL for silent streams, so that a dead Redis or a lost message costs latency, not chunks."""
         while True:
             await asyncio.sleep(self._silence_seconds / 2)
+            self.known.forget_unused()
             silent_since = monotonic() - self._silence_seconds
             silent = [s for streams in self._streams.values() for s in streams if s.heard_at <= silent_since]
             if not silent:
@@ -266,6 +297,8 @@ class StreamReader:
             except READ_FAILURES as exc:
                 log.warning("silent streams could not be checked: %s", exc.__class__.__name__)
                 continue
+            for job_id in job_ids:
+                self.known.confirm(job_id, states.get(job_id))
             for stream in silent:
                 stream.heard_at = monotonic()
                 state = states.get(stream.job_id)

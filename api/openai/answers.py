@@ -99,7 +99,7 @@ def stream_answers(
         heartbeat_seconds=services.settings.stream_heartbeat_seconds,
         lifetime_seconds=services.settings.stream_lifetime_seconds,
         slots=services.slots,
-        draining=services.draining,
+        draining=services.last_call,
         headers=headers_of(runs),
         early_end_frame=framing.error_frame_of(_early_end(runs[0])),
         heartbeat=framing.heartbeat,
@@ -237,7 +237,7 @@ class WholeAnswer(Response):
 
     async def _wait_and_answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         gone = asyncio.create_task(wait_for_disconnect(receive))
-        drained = asyncio.create_task(self._services.draining.wait())
+        drained = asyncio.create_task(self._services.last_call.wait())
         ended = asyncio.create_task(self._wait_for_all())
         late = asyncio.create_task(self._wait_for_timeout())
         unserved = asyncio.create_task(first_unserved(self._runs))

@@ -13,6 +13,7 @@ import httpx
 
 from celeriac.checks import read_catalog, refuse_taken_port
 from celeriac.examination.results import CheckResult, fail, ok, warn
+from local.descriptors import RESERVED, highest_limit
 from local.processes import short_path
 from settings import ROOT, Settings, find_running
 from text.models import files_at_fault
@@ -76,6 +77,12 @@ def setting_results(settings: Settings) -> Iterator[CheckResult]:
             "unset it, unless all tenants are trusted",
         ),
         (settings.log_level == "DEBUG", "CELERIAC_LOG_LEVEL=DEBUG: logs grow fast", "set it to INFO"),
+        (
+            settings.max_streams + RESERVED > highest_limit(),
+            f"CELERIAC_MAX_STREAMS is {settings.max_streams}, and a process may open {highest_limit()} files and "
+            f"connections: an API process started like this allows {max(1, highest_limit() - RESERVED)} streams",
+            "raise the limit: ulimit -Hn as root, LimitNOFILE of systemd, ulimits of Docker; or lower the setting",
+        ),
         ("*" in settings.cors_origin_list, "CELERIAC_CORS_ORIGINS has *: any page may use the API", "name the origins"),
     ]
     found = [warn("settings", seen, remedy) for is_found, seen, remedy in doubts if is_found]

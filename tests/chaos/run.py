@@ -43,6 +43,7 @@ SETTINGS = {
     "janitor_interval_seconds": 0.5,
     "engine_heartbeat_seconds": 1,
     "drain_seconds": 2,
+    "api_drain_seconds": 1,
     "max_failures": 30,
     "max_poison_jobs_per_hour": 1000,  # beyond it all jobs would run alone, as there is one tenant
     "flush_min_seconds": 0.02,

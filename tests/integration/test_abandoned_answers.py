@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from api.authentication import Authenticator
-from api.events import JobEventStream, Start
+from api.events import JobEventStream, JobToStream, Start
 from api.services import open_services
 from domain.shares import current_tenant
 from settings import Settings
@@ -33,7 +33,7 @@ async def test_a_stream_whose_client_leaves_after_its_place_in_the_queue(
     async with open_services(api_settings, CATALOG) as services:
         record = await services.read(job_queries.get, job.id, DEFAULT_TENANT_ID)
         assert record is not None
-        stream = JobEventStream(services, record, Start(0), with_token_ids=False)
+        stream = JobEventStream(services, JobToStream.of(record.job), Start(0), with_token_ids=False)
         async with asyncio.timeout(60), aclosing(stream.frames()) as frames:
             async for frame in frames:
                 if b"job.queued" in frame:

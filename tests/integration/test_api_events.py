@@ -24,7 +24,7 @@ from domain.jobs import FinishReason, JobStatus, external_id
 from domain.requests import TokenChunk, TokenLogprob
 from local.servers import EmbeddedRedis
 from settings import Settings
-from storage import job_queries, kept_answers
+from storage import job_queries, known_jobs
 from tests.integration.api_harness import ApiServer, HandWorker, all_events, make_chunk, numbered, open_events, post_job
 from tests.waiting import SECONDS, slowness, wait_until
 
@@ -220,7 +220,7 @@ def test_a_cursor_into_the_future_of_a_running_job_is_refused(http: httpx.Client
 def test_a_cursor_whose_message_was_lost_on_the_way_here_is_taken(
     http: httpx.Client, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_answers, "KEEP_SECONDS", SECONDS)
+    monkeypatch.setattr(known_jobs, "KNOWN_SECONDS", SECONDS)
     job = hand_worker.claim(post_job(http)["id"])
     job_id = external_id(job.id)
     hand_worker.say(job, "a")

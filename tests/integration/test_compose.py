@@ -235,10 +235,13 @@ def test_flower_is_published_on_this_machine_only() -> None:
 
 
 def test_a_worker_gets_more_time_to_stop_than_its_drain_takes() -> None:
+    from api.server import GRACE_SECONDS
     from settings import Settings
 
     grace = load_services(SECRETS)["cpu-worker"]["stop_grace_period"]
     assert float(grace.removesuffix("s")) > Settings.model_fields["drain_seconds"].default + 15
+    grace = load_services(SECRETS)["api"]["stop_grace_period"]
+    assert float(grace.removesuffix("s")) > Settings.model_fields["api_drain_seconds"].default + GRACE_SECONDS
 
 
 def test_each_gpu_has_one_worker_that_differs_from_the_others_by_its_device_and_model_alone() -> None:

@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from domain.jobs import FinishReason, JobStatus, Usage
 from domain.requests import GenerationResult, TokenChunk
 from local.servers import EmbeddedRedis
-from storage import jobs, kept_answers, streams
+from storage import jobs, known_jobs, streams
 from storage.database import async_session_factory, open_async_database
 from storage.jobs import ChunkCommit, Finalisation
 from storage.stream_channels import channel_of
@@ -316,7 +316,7 @@ async def test_a_stream_that_begins_beside_others_reads_the_log_only_after_news(
     async_sessions: async_sessionmaker[AsyncSession],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(kept_answers, "KEEP_SECONDS", SECONDS)
+    monkeypatch.setattr(known_jobs, "KNOWN_SECONDS", SECONDS)
     reads: list[str] = []
     listen(
         async_sessions.kw["bind"].sync_engine,
@@ -348,6 +348,40 @@ async def test_a_stream_that_begins_beside_others_reads_the_log_only_after_news(
     assert [numbers(one) for one in beside] == [[1, 2, 3, 4, 5, 6]] * len(beside)
     assert numbers(later) == [3, 4, 5, 6]
     assert reader.version_of(job.job.id) is None
+
+
+async def test_a_stream_that_begins_beside_others_knows_what_they_have_heard(
+    reader: StreamReader,
+    start_job: Callable[[], RunningJob],
+    async_sessions: async_sessionmaker[AsyncSession],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(known_jobs, "KNOWN_SECONDS", SECONDS)
+    reads: list[str] = []
+    listen(
+        async_sessions.kw["bind"].sync_engine,
+        "before_cursor_execute",
+        lambda _, cursor, statement, *rest: reads.extend(["log"] if "job_chunks" in statement else []),
+    )
+    job = start_job()
+    job.commit(3)
+    async with AsyncExitStack() as stack:
+
+        async def begin(after: int = 0) -> Received:
+            return await stack.enter_async_context(following(reader, job, starting_after=after))
+
+        first = await begin()
+        await wait_until_async(lambda: reader._listener.version_of(job.job.id) is not None)
+        second = await begin()
+        job.publish(*job.commit(4))
+        await wait_until_async(lambda: numbers(second)[-1:] == [7])
+        num_read = len(reads)
+        third, fourth = await begin(), await begin(after=5)
+        await wait_until_async(lambda: numbers(third) == [1, 2, 3, 4, 5, 6, 7] and numbers(fourth) == [6, 7])
+        assert len(reads) == num_read, "what others had heard was read"
+        job.publish(*job.commit())
+        job.complete()
+    assert [numbers(one)[-1] for one in (first, second, third, fourth)] == [8] * 4
 
 
 async def test_streams_survive_the_death_of_redis(

@@ -106,7 +106,7 @@ class Schema:
 class Installation:
     """Any number of processes of any release. All end with it."""
 
-    def __init__(self, folder: Path, database_url: str, redis_url: str) -> None:
+    def __init__(self, folder: Path, database_url: str, redis_url: str, **settings: str) -> None:
         self._folder = folder
         self._running: list[Part] = []
         self._number = 0
@@ -119,7 +119,7 @@ class Installation:
             "DATA_DIR": str(folder / "data"),
         }
         others = {name: value for name, value in os.environ.items() if not name.startswith("CELERIAC_")}
-        self._environment = others | {f"CELERIAC_{name}": value for name, value in (SETTINGS | own).items()}
+        self._environment = others | {f"CELERIAC_{name}": value for name, value in (SETTINGS | own | settings).items()}
 
     def start(self, release: Release, *arguments: str) -> Part:
         """`celeriac ARGUMENTS`."""
@@ -138,9 +138,9 @@ class Installation:
         wait_until(lambda: not part.is_running, f"{part} has ended")
         assert part.newest.process.returncode == 0, part.log()
 
-    def start_api(self, release: Release) -> "ReleaseApi":
-        port = free_port("127.0.0.1", 0)
-        api = ReleaseApi(self.start(release, "api", "--port", str(port)), f"http://127.0.0.1:{port}")
+    def start_api(self, release: Release, *, port: int | None = None) -> "ReleaseApi":
+        port = port or free_port("127.0.0.1", 0)
+        api = ReleaseApi(self.start(release, "api", "--port", str(port)), port)
         wait_until(lambda: api.is_live or not api.part.is_running, f"{api.part} answers")
         assert api.part.is_running, api.part.log()
         return api
@@ -169,9 +169,9 @@ class Installation:
 class ReleaseApi:
     """An API process, and a client of it."""
 
-    def __init__(self, part: Part, url: str) -> None:
-        self.part = part
-        self.url = url
+    def __init__(self, part: Part, port: int) -> None:
+        self.part, self.port = part, port
+        self.url = f"http://127.0.0.1:{port}"
 
     @property
     def is_live(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
+from api.server import GRACE_SECONDS
 from domain.jobs import WaitingFor
 from metrics import Process, registries
 from settings import PREFIX, ROOT, Settings
@@ -122,6 +123,11 @@ def test_a_pod_gets_more_time_to_end_than_its_process_takes() -> None:
     [worker] = [pod for pod in pods() if pod["metadata"]["labels"]["app.kubernetes.io/name"] == "worker"]
     drain_seconds = Settings.model_fields["drain_seconds"].default
     assert worker["spec"]["terminationGracePeriodSeconds"] > drain_seconds + 15
+    [api] = [pod for pod in pods() if pod["metadata"]["labels"]["app.kubernetes.io/name"] == "api"]
+    [container] = api["spec"]["containers"]
+    pause_seconds = float(container["lifecycle"]["preStop"]["exec"]["command"][1])
+    drain_seconds = Settings.model_fields["api_drain_seconds"].default
+    assert api["spec"]["terminationGracePeriodSeconds"] > pause_seconds + drain_seconds + GRACE_SECONDS
 
 
 def test_each_worker_has_a_gpu_a_model_and_a_scaler_of_its_own() -> None:

@@ -6,7 +6,8 @@ from uuid import UUID, uuid4
 
 import pytest
 
-from storage.log_reads import NEAR_CHUNKS, LogReads
+from storage.known_jobs import NEAR_CHUNKS, KnownJobs
+from storage.log_reads import LogReads
 
 
 async def test_what_goes_wrong_with_a_read_is_told_to_its_streams_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -21,7 +22,7 @@ async def test_what_goes_wrong_with_a_read_is_told_to_its_streams_only(monkeypat
         return None, []
 
     monkeypatch.setattr(LogReads, "_query", fail_at_first)
-    reads = LogReads(cast(Any, None), lambda job_id: None, is_shared=False)
+    reads = LogReads(cast(Any, None), lambda job_id: None, KnownJobs(lambda job_id: None), is_shared=False)
     job_id = uuid4()
     first = asyncio.create_task(reads.read(job_id, after=0))
     await began.wait()
@@ -39,7 +40,7 @@ async def test_who_waits_for_a_read_of_a_process_that_stops_is_let_go(monkeypatc
         raise AssertionError
 
     monkeypatch.setattr(LogReads, "_query", hang)
-    reads = LogReads(cast(Any, None), lambda job_id: None, is_shared=False)
+    reads = LogReads(cast(Any, None), lambda job_id: None, KnownJobs(lambda job_id: None), is_shared=False)
     job_id = uuid4()
     first = asyncio.create_task(reads.read(job_id, after=0))
     await began.wait()
