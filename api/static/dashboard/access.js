@@ -44,7 +44,7 @@ function ChangeLimits({ path, limits, reload }) {
   `;
 }
 
-function Tenant({ tenant, reload }) {
+function Tenant({ tenant, isAlone, reload }) {
   const [act, error] = useAction();
   const [isErasing, showErasing] = useState(false);
   const path = `v1/admin/tenants/${encodeURIComponent(tenant.name)}`;
@@ -55,7 +55,7 @@ function Tenant({ tenant, reload }) {
         <b>${tenant.name}</b><${Status} of=${tenant.enabled ? "ok" : "unhealthy"}>${tenant.enabled ? "enabled" : "disabled"}<//>
         <span class="soft">weight ${tenant.weight}${tenant.max_priority ? `, priority up to ${tenant.max_priority}` : ""}</span>
         <span class="actions end">
-          <a href=${link("access", { tenant: tenant.name })}>Its keys</a>
+          ${!isAlone && html`<a href=${link("access", { tenant: tenant.name })}>Its keys</a>`}
           <button type="button" class="quiet" aria-expanded=${isErasing ? "true" : "false"} onClick=${() => showErasing(!isErasing)}>Erase a user</button>
           ${tenant.enabled ? html`<${Confirmed} label="Disable" question="Refuse all of its keys?" onConfirm=${() => turn(false)} />` : html`<button type="button" onClick=${() => turn(true)}>Enable</button>`}
         </span>
@@ -171,7 +171,7 @@ function Find({ tenant }) {
   </form>`;
 }
 
-const Pages = ({ after, names, next }) => html`<nav class="pages" aria-label="Pages of tenants">${after && html`<a href=${link("access")}>First</a>`}${next && html`<a href=${link("access", { after: names[names.length - 1] })}>Next</a>`}</nav>`;
+const Pages = ({ first, names, next }) => html`<nav class="pages" aria-label="Pages of tenants">${first && html`<a href=${link("access")}>${first}</a>`}${next && html`<a href=${link("access", { after: names[names.length - 1] })}>Next</a>`}</nav>`;
 
 export function Access({ address }) {
   const [tenant, after] = ["tenant", "after"].map((name) => address.query.get(name));
@@ -184,7 +184,7 @@ export function Access({ address }) {
   return html`
     <h1>Access</h1>
     ${(tenant || !areAll) && html`<${Find} tenant=${tenant} />`}
-    <${Card} title="Tenants"><${Polled} state=${tenants}>${({ data, has_more }) => html`${!tenant && html`<${NewTenant} reload=${reload} />`}<ul class="batches">${data.map((one) => html`<${Tenant} key=${one.id} tenant=${one} reload=${reload} />`)}</ul><${Pages} after=${after ?? tenant} names=${data.map(({ name }) => name)} next=${has_more} />`}<//><//>
+    <${Card} title="Tenants"><${Polled} state=${tenants}>${({ data, has_more }) => html`${!tenant && html`<${NewTenant} reload=${reload} />`}<ul class="batches">${data.map((one) => html`<${Tenant} key=${one.id} tenant=${one} isAlone=${Boolean(tenant)} reload=${reload} />`)}</ul><${Pages} first=${tenant ? "All tenants" : after && "First"} names=${data.map(({ name }) => name)} next=${has_more} />`}<//><//>
     <${Card} title=${tenant ? `Keys of ${tenant}` : "Keys"}><${Polled} state=${keys}>${({ data, has_more }) => html`<${NewKey} tenants=${known} areAll=${areAll} chosen=${tenant} reload=${reload} />${data.length === 0 ? html`<${Empty} title="No keys yet">${tenant ? "The form above makes one." : "Without keys, the API serves only the machine that it runs on."}<//>` : html`<ul class="batches">${data.map((one) => html`<${Key} key=${one.id} apiKey=${one} reload=${reload} />`)}</ul>`}${has_more && html`<p class="soft">The newest hundred${tenant ? "" : "; those of one tenant are shown by its name"}. All of them: celeriac keys list --all</p>`}`}<//><//>
     <${Card} title="Changes"><${Polled} state=${audit}>${({ data }) => (data.length === 0 ? html`<${Empty} title="Nothing has been changed yet" />` : html`<${Audit} entries=${data} />`)}<//><//>
   `;

@@ -10,11 +10,13 @@ const MAX_SAMPLES = 300;
 
 const sum = (items, of) => items.reduce((total, item) => total + of(item), 0);
 
-// Without a database only /health answers, and says so: `isBlind`, and nothing else is known.
+// Without a database, or with one that is too slow, only /health answers and says so: `isBlind`, and nothing else is
+// known.
 async function look(isAdmin, signal) {
   const asked = [get("health", {}, signal), get("v1/queue", {}, signal), isAdmin ? get("v1/admin/models", {}, signal) : null];
   const [health, queue, models] = await Promise.allSettled(asked);
-  if (health.value && health.value.database !== "ok") return { health: health.value, queues: [], models: isAdmin ? [] : null, isBlind: true };
+  const isAway = [queue, models].some((answer) => answer.reason?.status === 503);
+  if (health.value && (health.value.database !== "ok" || isAway)) return { health: health.value, queues: [], models: isAdmin ? [] : null, isBlind: true };
   for (const answer of [health, queue, models]) if (answer.status === "rejected") throw answer.reason;
   return { health: health.value, queues: queue.value.data, models: models.value?.data ?? null, isBlind: false };
 }

@@ -78,7 +78,7 @@ export function Models({ live, isAdmin }) {
   const isLong = byId.size > NUM_WITHOUT_A_FILTER;
   return html`
     <h1>Models</h1>
-    ${isLong && html`<div class="filters choices"><${Field} label="Find a model"><input type="search" value=${wanted} maxlength="128" autocomplete="off" spellcheck="false" placeholder=${`a part of the name of one of ${byId.size}`} onInput=${({ target }) => want(target.value)} /><//></div>`}
+    ${isLong && html`<div class="filters choices"><${Field} label="Find a model"><input type="search" value=${wanted} maxlength="128" autocomplete="off" spellcheck="false" placeholder="a part of its name" onInput=${({ target }) => want(target.value)} /><//></div>`}
     ${areWorkersShown && html`<${Polled} state=${live}>${({ models }) => html`<${Shortened} rows=${(models ?? []).filter(isWanted).sort(liveFirst)} first=${NUM_SHOWN} name="models">${(shown) => shown.map((model) => html`<${Administered} key=${model.id} model=${model} card=${byId.get(model.id)} reload=${live.reload} />`)}<//>`}<//>`}
     ${(rest.length > 0 || !areWorkersShown) && html`
       <${Card} title=${areWorkersShown ? "Adapters and unavailable models" : "Served here"}><${Polled} state=${cards}>${() => rest.length === 0

@@ -10,6 +10,7 @@ import { Card, Chip, Empty, JobLink, Meter, Output, Polled, Shortened, Status, T
 import { useStream } from "./stream.js";
 
 const NUM_SHOWN = 20; // queues and workers
+const NUM_FINDINGS = 8;
 const NUM_SHOWN_RUNNING = 3; // each takes one of the six connections that a browser opens to a server
 
 const Tile = ({ name, value, note }) => html`<div class="tile"><dt>${name}</dt><dd>${value}</dd><dd class="soft">${note}</dd></div>`;
@@ -36,7 +37,7 @@ function Tiles({ health, queues }) {
 function Findings({ state }) {
   const found = findingsOf(state);
   if (!found.length) return html`<p class="fine"><${Status} of="ok">All is well<//> <span class="soft">Database, Redis, maintenance and workers answer, and nothing is stuck.</span></p>`;
-  return html`<${Card} title="Needs attention"><ul class="findings">${found.map(({ tone, text }) => html`<li key=${text} data-tone=${tone}>${text}</li>`)}</ul><//>`;
+  return html`<${Card} title="Needs attention"><${Shortened} rows=${found} first=${NUM_FINDINGS} name="findings">${(shown) => html`<ul class="findings">${shown.map(({ tone, text }) => html`<li key=${text} data-tone=${tone}>${text}</li>`)}</ul>`}<//><//>`;
 }
 
 const WaitingFor = ({ reasons }) => {
@@ -163,7 +164,7 @@ const Charts = ({ samples }) => html`
 const Blind = ({ state }) => html`
   <${Findings} state=${state} />
   ${state.samples.length > 0 && html`<${Charts} samples=${state.samples} />`}
-  <${Card}><${Empty} title="Queues, workers and jobs are not known without the database">They are shown again as soon as it answers. What runs pauses until then; nothing is lost.<//><//>
+  <${Card}><${Empty} title="Queues, workers and jobs are not known without the database">They are shown again as soon as it answers${state.health.database === "ok" ? " in time" : ". What runs pauses until then; nothing is lost"}.<//><//>
 `;
 
 export function Overview({ live }) {
