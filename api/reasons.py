@@ -77,20 +77,28 @@ class Reason:
     sentence: str  # what is wrong, a colon, and what to do
 
 
+MAX_NAMED = 5
+
 KINDS = {"worker": "a worker", "api": "an API", "maintenance": "a maintenance process"}
+
+
+def _first(names: Sequence[str]) -> str:
+    """Of a rack that was switched off, some: a sentence with fifty models is not read."""
+    others = f" and {len(names) - MAX_NAMED} more" if len(names) > MAX_NAMED else ""
+    return ", ".join(names[:MAX_NAMED]) + others
 
 
 def silent_worker_reasons(silent: Sequence[SilentWorker]) -> Iterator[Reason]:
     """All silent workers in one sentence, which does not name their hosts to everybody."""
     if silent:
-        told = ", ".join(f"of {worker.model} for {worker.seconds:.0f} s" for worker in silent)
+        told = _first([f"of {worker.model} for {worker.seconds:.0f} s" for worker in silent])
         remedy = "it was killed, is frozen or cut off, restart it or see its log; celeriac doctor names it"
         yield Reason(ReasonCode.WORKER_SILENT, f"a worker is silent ({told}): {remedy}")
 
 
 def silent_process_reasons(silent: Sequence[SilentProcess]) -> Iterator[Reason]:
     for kind, alike in groupby(silent, key=lambda process: process.kind):
-        told = ", ".join(f"for {process.seconds:.0f} s" for process in alike)
+        told = _first([f"for {process.seconds:.0f} s" for process in alike])
         remedy = "it was killed, is frozen or cut off, restart it or see its log; celeriac doctor names it"
         yield Reason(ReasonCode.PROCESS_SILENT, f"{KINDS.get(kind, kind)} is silent ({told}): {remedy}")
 
@@ -100,7 +108,7 @@ def told_reasons(told: Iterable[Told], codes: Set[ReasonCode]) -> Iterator[Reaso
     servers that all of them use."""
     known = [one for one in told if one.code in set(Trouble) and not codes & EVERYBODYS.get(one.code, frozenset())]
     for (code, kind), alike in groupby(sorted(known, key=_trouble), key=_trouble):
-        models = ", ".join(sorted({one.model for one in alike if one.model}))
+        models = _first(sorted({one.model for one in alike if one.model}))
         what, remedy = WORDS[Trouble(code)]
         who = KINDS.get(kind, kind) + (f" of {models}" if models else "")
         yield Reason(ReasonCode(code), f"{who} {what}: {remedy}; celeriac doctor names it")

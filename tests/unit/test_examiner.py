@@ -4,10 +4,10 @@ import pytest
 from sqlalchemy.exc import OperationalError
 
 from api.examiner import refusal
-from api.reasons import ReasonCode, silent_process_reasons, told_reasons
+from api.reasons import ReasonCode, silent_process_reasons, silent_worker_reasons, told_reasons
 from domain.troubles import WORDS, Trouble
 from settings import ROOT
-from storage.troubles import SilentProcess, Told
+from storage.troubles import SilentProcess, SilentWorker, Told
 
 WHERE = 'connection failed: connection to server at "10.1.2.3", port 5432 failed: '
 
@@ -55,6 +55,17 @@ def test_processes_that_are_silent_or_troubled_are_counted_and_not_named() -> No
     slow = [Told("worker", "w1", "m", "process_database", "words")]
     assert [reason.code for reason in told_reasons(slow, set())] == [ReasonCode.PROCESS_DATABASE]
     assert list(told_reasons(slow, {ReasonCode.DATABASE_SLOW})) == [], "also this"
+
+
+def test_of_many_silent_workers_the_first_are_told() -> None:
+    silent = [SilentWorker(f"gpu-{number}", f"m{number}", 20.0) for number in range(50)]
+    [reason] = silent_worker_reasons(silent)
+    assert (
+        "(of m0 for 20 s, of m1 for 20 s, of m2 for 20 s, of m3 for 20 s, of m4 for 20 s and 45 more)"
+        in reason.sentence
+    )
+    [reason] = silent_worker_reasons(silent[:5])
+    assert "more" not in reason.sentence
 
 
 def test_every_trouble_has_words_and_a_code_of_the_metric() -> None:

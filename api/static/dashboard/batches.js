@@ -65,8 +65,8 @@ function Batch({ batch, reload }) {
         ${batch.usage.total_tokens > 0 && html`<span class="soft">${plural(batch.usage.total_tokens, "token")}</span>`}
         ${!isOver && html`<span class="soft">until ${toDate(batch.expires_at).toLocaleString()}</span>`}
         <span class="actions">
-          ${batch.output_file_id && completed > 0 && html`<button type="button" onClick=${() => act(() => download(batch.output_file_id, `${batch.id}_output.jsonl`))}>Answers</button>`}
-          ${batch.error_file_id && failed > 0 && html`<button type="button" onClick=${() => act(() => download(batch.error_file_id, `${batch.id}_errors.jsonl`))}>Errors</button>`}
+          ${batch.output_file_id && completed > 0 && html`<button type="button" onClick=${() => act(() => download(batch.output_file_id, `${batch.id}_output.jsonl`))}>Answers${isOver ? "" : " so far"}</button>`}
+          ${batch.error_file_id && failed > 0 && html`<button type="button" onClick=${() => act(() => download(batch.error_file_id, `${batch.id}_errors.jsonl`))}>Errors${isOver ? "" : " so far"}</button>`}
           ${!isOver && may("cancel") && batch.status !== "cancelling" && html`<${Confirmed} label="Cancel" question="Cancel the rest?" onConfirm=${() => act(() => post(`v1/batches/${batch.id}/cancel`)).then(reload)} />`}
         </span>
       </footer>

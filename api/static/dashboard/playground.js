@@ -52,7 +52,9 @@ function Bench({ models, form, setForm, query }) {
   const usable = models.filter((model) => !model.unavailable);
   const preferred = usable.find((model) => model.loaded) ?? usable[0];
   const first = models.some((model) => model.id === form.models[0]) ? form.models[0] : preferred?.id;
-  const second = models.some((model) => model.id === form.models[1]) ? form.models[1] : (usable.find((model) => model.id !== first)?.id ?? first);
+  const others = usable.filter((model) => model.id !== first);
+  const other = others.find((model) => model.loaded) ?? others[0];
+  const second = models.some((model) => model.id === form.models[1]) ? form.models[1] : (other?.id ?? first);
   const chosen = form.isCompared ? [first, second] : [first];
   const ids = ["a", "b"].map((side) => query.get(side)).filter(Boolean);
   const run = (event) => {
