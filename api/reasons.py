@@ -106,7 +106,8 @@ def silent_process_reasons(silent: Sequence[SilentProcess]) -> Iterator[Reason]:
 def told_reasons(told: Iterable[Told], codes: Set[ReasonCode]) -> Iterator[Reason]:
     """What processes find wrong with themselves, a sentence for each kind of trouble. `codes` is what is wrong with the
     servers that all of them use."""
-    known = [one for one in told if one.code in set(Trouble) and not codes & EVERYBODYS.get(one.code, frozenset())]
+    known = [one for one in told if one.code in set(Trouble)]
+    known = [one for one in known if not codes & EVERYBODYS.get(Trouble(one.code), frozenset())]
     for (code, kind), alike in groupby(sorted(known, key=_trouble), key=_trouble):
         models = _first(sorted({one.model for one in alike if one.model}))
         what, remedy = WORDS[Trouble(code)]
