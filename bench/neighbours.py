@@ -327,7 +327,10 @@ class Kind:
     noise: Noise = nothing
     num_queued: int = NUM_NOISY_JOBS  # long jobs that the neighbour has waiting besides; a batch would wait for them
     settle_seconds: float = 4.0  # until the noise does what it can
+    begins: str = "SELECT true"  # true once it does
 
+
+ARE_EMBEDDED = f"SELECT count(*) >= {NUM_SLOTS} FROM jobs WHERE kind = 'embedding' AND status = 'in_progress'"
 
 KINDS: dict[str, Kind] = {
     "short jobs": Kind(short_jobs),
@@ -345,8 +348,8 @@ KINDS: dict[str, Kind] = {
     "batches": Kind(batches, noise_of_batches, num_queued=0),
     "batches beside 50,000 lines": Kind(batches, noise_of_a_large_batch, num_queued=0, settle_seconds=25.0),
     "polls beside 50,000 lines": Kind(polls, noise_of_a_large_batch, num_queued=0),
-    "embeddings beside large ones": Kind(embeddings, noise_of_large_embeddings, num_queued=0, settle_seconds=8.0),
-    "streams beside large embeddings": Kind(streams, noise_of_large_embeddings, num_queued=0, settle_seconds=8.0),
+    "embeddings beside large ones": Kind(embeddings, noise_of_large_embeddings, num_queued=0, begins=ARE_EMBEDDED),
+    "streams beside large embeddings": Kind(streams, noise_of_large_embeddings, num_queued=0, begins=ARE_EMBEDDED),
     "short jobs beside n=4": Kind(short_jobs, noise_of_sequences, num_queued=0),
 }
 

@@ -44,6 +44,7 @@ from bench.tenants import (
     submit_many,
     wait_for_ends,
 )
+from tests.waiting import wait_until_async
 
 CHUNK_SECONDS = 5.0  # on top of twice the time alone: until a running job has given up its slot
 SETTLE_SECONDS = 3.0  # until those that came first have no lead any more
@@ -57,13 +58,14 @@ async def repeated(work: Work, client: httpx.AsyncClient, num_rounds: int) -> li
 
 
 @asynccontextmanager
-async def going_on(name: str, neighbour: BenchTenant) -> AsyncIterator[None]:
+async def going_on(system: TenantSystem, name: str, neighbour: BenchTenant) -> AsyncIterator[None]:
     """The neighbour's noise. It must go on until the end."""
     environment = os.environ | {"CELERIAC_API_KEY": neighbour.key}
     arguments = ["-m", "bench.neighbours", name, neighbour.url]
     process = await asyncio.create_subprocess_exec(sys.executable, *arguments, env=environment)
-    await asyncio.sleep(KINDS[name].settle_seconds)
     try:
+        await wait_until_async(lambda: system.rows(KINDS[name].begins) == [(True,)], "the noise is on", seconds=60)
+        await asyncio.sleep(KINDS[name].settle_seconds)
         yield
         if process.returncode is not None:
             raise RuntimeError(f"the noise {name!r} has ended with {process.returncode}")
@@ -103,7 +105,7 @@ async def measure_kinds(system: TenantSystem, names: Sequence[str], num_rounds: 
             await submit_many(noisy, max(0, kind.num_queued - await num_queued(system)), NOISE_TOKENS)
             if not kind.num_queued:
                 await empty(system, noisy)
-            async with going_on(name, neighbour):
+            async with going_on(system, name, neighbour):
                 compares.append(compared(name, alone[kind.work], await repeated(kind.work, quiet, num_rounds)))
         await empty(system, noisy)
     return compares
