@@ -156,6 +156,10 @@ jobs_submitted_total = _api_and_maintenance.counter(
     "jobs_submitted_total", "Submissions by outcome.", ["model", "outcome"]
 )
 
+requests_unserved_total = _api.counter(
+    "requests_unserved_total", "Requests that were refused as no worker serves their model.", ["model"]
+)
+
 response_cache_total = _api.counter(
     "response_cache_total", "Jobs that asked the response cache, by outcome: hit or miss.", ["model", "outcome"]
 )

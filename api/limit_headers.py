@@ -1,7 +1,8 @@
 """The rate limit headers of an answer, in the forms of OpenAI and of Anthropic.
 
 https://platform.openai.com/docs/guides/rate-limits and https://platform.claude.com/docs/en/api/rate-limits. They are
-there if the request's key or tenant has such a limit and the request has asked for a job, accepted or not.
+there if the request's key or tenant has such a limit. If the request has asked for a job, accepted or not, they are
+exact; otherwise they are what this process last heard, at most five seconds ago.
 """
 
 from collections.abc import Sequence

@@ -17,14 +17,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import error_dialect_context, error_response
 from api.limit_headers import anthropic_limit_headers, openai_limit_headers
-from api.model_queues import HEADER_BY_FIELD
+from api.model_queues import HEADER_BY_FIELD, WAITING_FOR_HEADER
 from api.request_headers import header_of
 from dialects.anthropic_errors import ANTHROPIC_ERRORS
 from dialects.errors import OPENAI_ERRORS, ErrorDialect
 from dialects.fields import HEADER, header_value, ignored_fields_context
 from domain.addresses import OriginPolicy
 from domain.errors import CeleriacError, InvalidRequest, PermissionDenied, RequestTooLarge, ServerOverloaded
-from domain.limits import LimitStanding, standings_context
+from domain.limits import RequestStandings, standings_context
 from metrics import http_request_seconds, http_requests_in_progress, http_requests_total, labelled
 from observability import request_id_context, submitted_job_ids
 from tasks.tracing import RequestSpan
@@ -54,6 +54,7 @@ EXPOSED_HEADERS = (
     "openai-version",
     "x-celeriac-cache",
     *(name for name, _ in HEADER_BY_FIELD.values()),
+    WAITING_FOR_HEADER,
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",
@@ -143,7 +144,7 @@ class RequestContext:
         request_id = f"req_{secrets.token_hex(12)}"
         token = request_id_context.set(request_id)
         submitted_job_ids.set([])
-        standings: list[LimitStanding] = []
+        standings = RequestStandings()
         standings_context.set(standings)
         ignored: list[str] = []
         ignored_token = ignored_fields_context.set(ignored)
@@ -179,11 +180,11 @@ class _Answer:
         send: Send,
         request_id: str,
         ignored: list[str],
-        standings: list[LimitStanding],
+        standings: RequestStandings,
         dialect: ErrorDialect,
     ) -> None:
-        """`ignored` is filled while the body is parsed: the fields that were dropped; `standings` as jobs are accepted
-        or refused."""
+        """`ignored` is filled while the body is parsed: the fields that were dropped; `standings` as the caller is
+        known, and jobs are accepted or refused."""
         names = (b"x-request-id", b"request-id") if dialect is ANTHROPIC_ERRORS else (b"x-request-id",)
         self._send = send
         self._id_headers = [(name, request_id.encode()) for name in names]
@@ -196,8 +197,8 @@ class _Answer:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             message["headers"] = [*message.get("headers", ()), *self._id_headers, *self._ignored_header()]
-            if self._standings:
-                message["headers"] += self._limit_headers(self._standings)
+            if standings := self._standings.all:
+                message["headers"] += self._limit_headers(standings)
         await self._send(message)
 
     def _ignored_header(self) -> list[tuple[bytes, bytes]]:

@@ -45,17 +45,22 @@ HEADER_BY_FIELD = {
     "end_eta_p90_seconds": ("x-queue-end-eta-p90-ms", 1000),
 }
 
+WAITING_FOR_HEADER = "x-queue-waiting-for"
+
 
 def queue_headers(place: QueueView | None) -> dict[str, str]:
     """What is known of a job's place in the queue."""
     if place is None:
         return {}
     values = {name: place.get(name) for name in HEADER_BY_FIELD}
-    return {
+    headers = {
         header: str(round(value * factor))
         for name, (header, factor) in HEADER_BY_FIELD.items()
         if isinstance(value := values[name], int | float)
     }
+    if place["waiting_for"] is not None:
+        headers[WAITING_FOR_HEADER] = place["waiting_for"]
+    return headers
 
 
 WILL_LOAD = (WorkerState.LOADING, WorkerState.STANDBY)

@@ -24,8 +24,10 @@ from metrics import (
     jobs_oldest_queued_seconds,
     jobs_queued,
     jobs_running,
+    labelled,
     maintenance_findings,
     maintenance_seconds_since_last_tick,
+    requests_unserved_total,
     webhook_deliveries_pending,
     webhook_oldest_due_seconds,
     worker_processes,
@@ -311,6 +313,7 @@ def _publish(queues: Mapping[str, ModelQueue]) -> None:
         jobs_running.labels(model).set(queue.num_running)
         worker_processes.labels(model).set(queue.num_workers)
         worker_slots.labels(model).set(queue.num_slots)
+        labelled(requests_unserved_total, model)  # begins at 0: an increase is looked for
         for reason in WaitingFor:
             waiting = queue.waiting.get(reason, Waiting(0, 0.0))
             jobs_queued.labels(model, reason.value).set(waiting.num_jobs)

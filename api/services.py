@@ -43,7 +43,7 @@ from domain.access import Scope
 from domain.catalog import Catalog
 from domain.errors import PermissionDenied, StorageFull
 from domain.jobs import JobStatus
-from domain.limits import is_limited_context, stream_limits_context
+from domain.limits import is_limited_context, note_caller, stream_limits_context
 from domain.requests import TokenChunk
 from domain.shares import SharedTurns, current_tenant
 from observability import EventLoopMonitor, describe_exception, key_id_context
@@ -430,6 +430,7 @@ async def authenticate(connection: HTTPConnection, credential: Credential, scope
     state.scopes, state.is_admin = identity.scopes, Scope.ADMIN in identity.scopes
     key_id_context.set(state.key_id)
     is_limited_context.set(identity.limits.is_limited)
+    note_caller(identity.limits)
     stream_limits_context.set((identity.key_id, identity.limits))
     state.revocation = credential.revocation
     current_tenant.set(state.tenant_id)

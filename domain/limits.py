@@ -6,8 +6,10 @@ bucket can run at all, it only needs a full one: the level falls below zero, and
 risen.
 """
 
+import time
+from collections.abc import Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 MINUTE_SECONDS = 60.0
@@ -45,6 +47,12 @@ class BucketStanding(NamedTuple):
     num_remaining: int
     seconds_until_full: float
 
+    def after(self, seconds: float) -> "BucketStanding":
+        """What it is by then if nothing is taken meanwhile."""
+        until_full = max(0.0, self.seconds_until_full - seconds)
+        level = self.limit * (1 - until_full / MINUTE_SECONDS)
+        return BucketStanding(self.limit, max(self.num_remaining, int(level)), until_full)
+
 
 class LimitStanding(NamedTuple):
     """What is left to a request's key and tenant: of several limits of a kind, the one of which least is left. None
@@ -52,6 +60,36 @@ class LimitStanding(NamedTuple):
 
     requests: BucketStanding | None
     tokens: BucketStanding | None
+
+    @classmethod
+    def of(cls, requests: Iterable[Bucket | None], tokens: Iterable[Bucket | None]) -> "LimitStanding | None":
+        """None if there are no limits with a rate."""
+        tightest = cls(_tightest(requests), _tightest(tokens))
+        return None if tightest == (None, None) else tightest
+
+    def after(self, seconds: float) -> "LimitStanding":
+        requests, tokens = (None if kind is None else kind.after(seconds) for kind in self)
+        return LimitStanding(requests, tokens)
+
+
+def _tightest(buckets: Iterable[Bucket | None]) -> BucketStanding | None:
+    standings = [bucket.standing for bucket in buckets if bucket is not None]
+    return min(standings, key=lambda standing: standing.num_remaining, default=None)
+
+
+@dataclass(slots=True)
+class LastStanding:
+    """What a process has last heard of what is left to a caller."""
+
+    standing: LimitStanding
+    noted_at: float = field(default_factory=time.monotonic)
+
+    def note(self, standing: LimitStanding) -> None:
+        self.standing, self.noted_at = standing, time.monotonic()
+
+    @property
+    def now(self) -> LimitStanding:
+        return self.standing.after(time.monotonic() - self.noted_at)
 
 
 class ClientCall(NamedTuple):
@@ -66,6 +104,7 @@ class CallerLimits(NamedTuple):
     """What a process knows of the limits of a request's key and tenant without asking for them again."""
 
     is_limited: bool = False  # whether there are any
+    standing: LastStanding | None = None  # None: there are none with a rate
     key_streams: int | None = None
     tenant_streams: int | None = None
 
@@ -78,14 +117,37 @@ stream_limits_context: ContextVar[tuple[str | None, CallerLimits]] = ContextVar(
     "stream_limits", default=(None, CallerLimits())
 )
 
-#: What the limits had left after each of the request's jobs, for the headers of its answer.
-standings_context: ContextVar[list[LimitStanding] | None] = ContextVar("standings", default=None)
+
+@dataclass(slots=True)
+class RequestStandings:
+    """What is left of the limits of a request's key and tenant, for the headers of its answer."""
+
+    last: LastStanding | None = None
+    after_jobs: list[LimitStanding] = field(default_factory=list)  # that the request has asked for
+
+    @property
+    def all(self) -> list[LimitStanding]:
+        """What was left after each of its jobs; of a request without jobs, what is left now."""
+        return self.after_jobs or ([] if self.last is None else [self.last.now])
+
+
+standings_context: ContextVar[RequestStandings | None] = ContextVar("standings", default=None)
+
+
+def note_caller(limits: CallerLimits) -> None:
+    standings = standings_context.get()
+    if standings is not None:
+        standings.last = limits.standing
 
 
 def note_standing(standing: LimitStanding | None) -> None:
+    """Of a job of the request that was accepted or refused."""
     standings = standings_context.get()
-    if standing is not None and standings is not None:
-        standings.append(standing)
+    if standing is None or standings is None:
+        return
+    standings.after_jobs.append(standing)
+    if standings.last is not None:
+        standings.last.note(standing)
 
 
 def duration_text(seconds: float) -> str:

@@ -7,7 +7,7 @@ which wait for the lock. Nothing of this is run for jobs of which neither tenant
 
 # ruff: noqa: S608  (only constants of the storage modules are inserted into the text; values are bound)
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -27,10 +27,10 @@ from domain.errors import (
     TooManyQueuedTokens,
     TooManyUnfinishedJobs,
 )
-from domain.limits import Bucket, BucketStanding, ClientCall, LimitStanding
+from domain.limits import Bucket, ClientCall, LimitStanding
 from storage.full_queues import WAITED_SECONDS, drain_seconds, never_fits
 from storage.job_statements import CLOCK
-from storage.limits import OF_TENANT
+from storage.limits import OF_TENANT, buckets_of
 
 Subject = tuple[UUID, str]  # a tenant and the id of its key, or OF_TENANT
 
@@ -279,9 +279,7 @@ class Admission:
     def standing_of(self, asking: Asking) -> LimitStanding | None:
         """None if there are no limits with a rate."""
         meters = self.meters_of(asking)
-        requests = _tightest(meters, lambda meter: meter.requests)
-        tokens = _tightest(meters, lambda meter: meter.tokens)
-        return None if requests is None and tokens is None else LimitStanding(requests, tokens)
+        return LimitStanding.of((meter.requests for meter in meters), (meter.tokens for meter in meters))
 
     def charge(self, session: Session) -> None:
         """Store what was taken."""
@@ -299,19 +297,7 @@ class Admission:
 
 
 def _meter_of(row: Row[Any]) -> Meter:
-    seconds = (row.read_at - row.refilled_at).total_seconds()
-    returned = row.num_unused_tokens - row.num_returned_tokens
-    requests = tokens = None
-    if row.requests_per_minute is not None:
-        requests = Bucket.refilled(row.requests_per_minute, row.requests_level, seconds=seconds)
-    if row.tokens_per_minute is not None:
-        tokens = Bucket.refilled(row.tokens_per_minute, row.tokens_level, seconds=seconds, returned=returned)
-    return Meter(row, requests, tokens)
-
-
-def _tightest(meters: Sequence[Meter], bucket_of: Callable[[Meter], Bucket | None]) -> BucketStanding | None:
-    standings = [bucket.standing for meter in meters if (bucket := bucket_of(meter)) is not None]
-    return min(standings, key=lambda standing: standing.num_remaining, default=None)
+    return Meter(row, *buckets_of(row))
 
 
 def _columns_of(subjects: Sequence[Subject]) -> dict[str, Any]:

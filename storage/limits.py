@@ -8,6 +8,7 @@ limits, whose keys have none, has neither. A tenant's `queued_jobs` is not here 
 
 from collections.abc import Mapping, Sequence
 from datetime import date, datetime
+from typing import Any
 from uuid import UUID
 
 from sqlalchemy import BigInteger, Double, ForeignKey, ForeignKeyConstraint, delete, func, select, text, update
@@ -15,7 +16,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from domain.access import LIMIT_NAMES, NO_LIMITS, Limits
-from domain.limits import CallerLimits
+from domain.limits import Bucket, CallerLimits, LastStanding, LimitStanding
 from storage.tables import Row, Tenant
 
 OF_TENANT = ""  # in the place of a key's id
@@ -80,12 +81,36 @@ def limits_of_keys(session: Session, key_ids: Sequence[str]) -> dict[str, Limits
     return {key_id: found.get(key_id, NO_LIMITS) for key_id in key_ids}
 
 
+_OF_CALLER = text("""
+SELECT l.*, u.num_unused_tokens, statement_timestamp() AS read_at
+FROM limits l JOIN limit_usage u USING (tenant_id, key_id) WHERE l.tenant_id = :tenant_id AND l.key_id IN ('', :key_id)
+""")
+
+
 def limits_of_caller(session: Session, tenant_id: UUID, key_id: str | None) -> CallerLimits:
-    """Of a request with this key."""
-    ids = [OF_TENANT] if key_id is None else [OF_TENANT, key_id]
-    own = (LimitSet.tenant_id == tenant_id, LimitSet.key_id.in_(ids))
-    by_key = {row.key_id: row.streams for row in session.execute(select(LimitSet.key_id, LimitSet.streams).where(*own))}
-    return CallerLimits(bool(by_key), None if key_id is None else by_key.get(key_id), by_key.get(OF_TENANT))
+    """Of a request with this key, and what is left of them by now."""
+    rows = session.execute(_OF_CALLER, {"tenant_id": tenant_id, "key_id": key_id or OF_TENANT}).all()
+    streams_by_key = {row.key_id: row.streams for row in rows}
+    buckets = [buckets_of(row) for row in rows]
+    standing = LimitStanding.of((requests for requests, _ in buckets), (tokens for _, tokens in buckets))
+    return CallerLimits(
+        is_limited=bool(rows),
+        standing=None if standing is None else LastStanding(standing),
+        key_streams=None if key_id is None else streams_by_key.get(key_id),
+        tenant_streams=streams_by_key.get(OF_TENANT),
+    )
+
+
+def buckets_of(row: Any) -> tuple[Bucket | None, Bucket | None]:
+    """Of requests and of tokens, as they are at `row.read_at`."""
+    seconds = (row.read_at - row.refilled_at).total_seconds()
+    returned = row.num_unused_tokens - row.num_returned_tokens
+    requests = tokens = None
+    if row.requests_per_minute is not None:
+        requests = Bucket.refilled(row.requests_per_minute, row.requests_level, seconds=seconds)
+    if row.tokens_per_minute is not None:
+        tokens = Bucket.refilled(row.tokens_per_minute, row.tokens_level, seconds=seconds, returned=returned)
+    return requests, tokens
 
 
 def change_tenant_limits(session: Session, tenant: Tenant, given: Limits) -> None:

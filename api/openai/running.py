@@ -27,6 +27,7 @@ from domain.jobs import Endpoint, JobStatus, external_id
 from domain.model_names import parse_model_name
 from domain.requests import JobRequest
 from domain.webhooks import TELLABLE_STATUSES
+from metrics import labelled, requests_unserved_total
 from observability import job_id_context
 from storage import job_queries
 from storage.job_accept import Accepted, NewJob
@@ -89,6 +90,7 @@ class Run:
     num_prompt_tokens: int
     has_keep_alive: bool = True  # while the client waits for a complete answer
     on_disconnect: Literal["cancel", "continue"] = "cancel"
+    is_patient: bool = False  # the client has said how long it waits for the start, so it waits for a worker, too
     is_replayed: bool = False  # found by its idempotency key
     is_retry_attached: bool = False  # matched to a retry without a key
     cache: CacheOutcome | None = None
@@ -127,13 +129,15 @@ class Run:
     async def wait_until_unserved(self) -> NoWorkers:
         """Returns once the job is queued and its model has had no live worker for CELERIAC_NO_WORKERS_SECONDS, or is
         unloaded. The result is the error with which a new request would be refused."""
+        model = parse_model_name(self.model_name).id
         while True:
             await asyncio.sleep(UNSERVED_POLL_SECONDS)
             try:
-                _refuse_unserved(self.services, parse_model_name(self.model_name).id)
+                _refuse_unserved(self.services, model, is_patient=self.is_patient)
             except NoWorkers as refusal:
                 with suppress(StorageUnavailable, JobNotFound):
                     if (await self.read()).job.status is JobStatus.QUEUED:
+                        labelled(requests_unserved_total, model).inc()
                         return refusal
 
     async def read_token_ids(self) -> dict[int, list[int]]:
@@ -173,19 +177,21 @@ async def start_all(request: Request, generations: Sequence[JobRequest], asked: 
     job_headers = read_job_headers(request.headers)
     services.slots.refuse_if_full()
     all_options = [_options(asked, job_headers, number) for number in range(len(generations))]
+    is_patient = all_options[0].start_timeout_seconds is not None
     job_ids = await _find_retried(services, tenant_id, generations, all_options[0], job_headers)
     if job_ids:
         found = [await _found(services, tenant_id, job_id, started) for job_id in job_ids]
         runs = [replace(run, is_retry_attached=True) for run in found]
     else:
         if not asked.is_stored:
-            _refuse_unserved(services, generations[0].model_id)
+            _refuse_at_the_door(services, generations[0].model_id, is_patient=is_patient)
         runs = await _submit_all(services, tenant_id, generations, all_options, asked, started)
     job_id_context.set(external_id(runs[0].job_id))
     on_disconnect = job_headers.on_disconnect or ("continue" if asked.is_stored else "cancel")
-    if on_disconnect == "cancel" and job_headers.has_keep_alive:
+    if on_disconnect == "cancel" and job_headers.has_keep_alive and not is_patient:
         return runs  # as they are made
-    return [replace(run, on_disconnect=on_disconnect, has_keep_alive=job_headers.has_keep_alive) for run in runs]
+    how = {"on_disconnect": on_disconnect, "has_keep_alive": job_headers.has_keep_alive, "is_patient": is_patient}
+    return [replace(run, **how) for run in runs]  # type: ignore[arg-type]
 
 
 async def first_unserved(runs: Sequence[Run]) -> NoWorkers:
@@ -199,8 +205,17 @@ async def first_unserved(runs: Sequence[Run]) -> NoWorkers:
             task.cancel()
 
 
-def _refuse_unserved(services: Services, model: str) -> None:
-    """Raises NoWorkers if the model is unloaded or has had no worker for too long."""
+def _refuse_at_the_door(services: Services, model: str, *, is_patient: bool) -> None:
+    """As `_refuse_unserved`. Such requests are counted, as they leave no job that could call for a worker."""
+    try:
+        _refuse_unserved(services, model, is_patient=is_patient)
+    except NoWorkers:
+        labelled(requests_unserved_total, model).inc()
+        raise
+
+
+def _refuse_unserved(services: Services, model: str, *, is_patient: bool) -> None:
+    """Raises NoWorkers if the model is unloaded or, unless the client is patient, has had no worker for too long."""
     queue = services.monitor.queues.get(model)
     if queue is not None and not queue.is_loaded:
         raise NoWorkers(
@@ -208,10 +223,11 @@ def _refuse_unserved(services: Services, model: str) -> None:
             retry_after_seconds=UNSERVED_RETRY_SECONDS,
         )
     seconds = services.monitor.unserved_seconds(model)
-    if seconds > services.settings.no_workers_seconds:
+    if seconds > services.settings.no_workers_seconds and not is_patient:
         ready_in = None if queue is None else queue.ready_in_seconds
         raise NoWorkers(
-            f"no worker has served {model[:128]} for {seconds:.0f} s; retry, or submit it to /v1/jobs, which can wait",
+            f"no worker has served {model[:128]} for {seconds:.0f} s; retry, wait for one with the header "
+            "X-Start-Timeout: 10m, or submit it to /v1/jobs",
             retry_after_seconds=UNSERVED_RETRY_SECONDS if ready_in is None else ready_in,
         )
 

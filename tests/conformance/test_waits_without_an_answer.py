@@ -120,6 +120,15 @@ def test_a_kept_alive_answer_that_comes_is_whole(http: httpx.Client, hand_worker
     assert answer.json()["choices"][0]["message"]["content"] == "done"
 
 
+def refused_of(model: str, http: httpx.Client) -> float:
+    """How many requests for the model were refused as nobody serves it."""
+    lines = http.get("/metrics").text.splitlines()
+    [count] = [
+        line.split()[-1] for line in lines if line.startswith(f'celeriac_requests_unserved_total{{model="{model}"')
+    ]
+    return float(count)
+
+
 class TestTheLastWorkerWentAway:
     """After the accept: at the door a call is refused already."""
 
@@ -146,6 +155,36 @@ class TestTheLastWorkerWentAway:
         answer = http.post(route, json=ROUTES[route] | {"stream": True})
         assert answer.status_code == 200
         assert '"code":"no_workers"' in answer.text.strip().split("\n")[-1]
+
+    @pytest.mark.parametrize("route", ROUTES)
+    def test_a_call_that_says_how_long_it_waits_is_answered_when_a_worker_comes(
+        self, http: httpx.Client, hand_worker: HandWorker, api: ApiServer, route: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("api.openai.running.UNSERVED_POLL_SECONDS", 0.05)
+        api.services.monitor._served_at["fake"] = time.monotonic() - 3600
+        before = refused_of("fake", http)
+        assert http.post(route, json=ROUTES[route]).status_code == 503
+        assert refused_of("fake", http) == before + 1, "by which a scaler learns that somebody wants a worker"
+
+        def work() -> None:
+            job = hand_worker.claim(external_id(wait_until(waiting)[0].id))
+            hand_worker.say(job, "late")
+            hand_worker.finish(job, "late")
+
+        def waiting() -> list[Any]:
+            with hand_worker.sessions() as session:
+                return list(job_queries.list_jobs(session, DEFAULT_TENANT_ID))
+
+        with ThreadPoolExecutor(1) as threads:
+            body = ROUTES[route] | ({"stream": True} if route == "/v1/chat/completions" else {})
+            asking = threads.submit(http.post, route, json=body, headers=TIMEOUT | {"x-start-timeout": "10m"})
+            wait_until(waiting)
+            time.sleep(SEVERAL_SIGNS_SECONDS)  # looks for a worker ten times meanwhile
+            work()
+            answer = asking.result()
+        assert answer.status_code == 200, answer.text
+        assert "late" in answer.text
+        assert answer.headers["x-queue-waiting-for"] == "worker"
 
     def test_a_job_that_runs_is_left_to_its_worker(self, http: httpx.Client, hand_worker: HandWorker) -> None:
         def run() -> None:

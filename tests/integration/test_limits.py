@@ -143,6 +143,40 @@ def test_every_surface_refuses_in_its_own_shape_with_its_own_headers(make_caller
         assert int(answer.headers["retry-after"]) >= 1
 
 
+def test_every_answer_to_a_key_says_what_is_left(make_caller: Callable[[], Caller]) -> None:
+    caller = make_caller()
+    caller.limit_key(requests_per_minute=5)
+    caller.limit_tenant(tokens_per_minute=1000, streams=1)
+    job_id = post_job(caller.client)["id"]
+    chat = {"model": "large", "messages": [{"role": "user", "content": "x"}]}
+    with open_events(caller.client, job_id):
+        answers = [
+            *(
+                caller.client.get(path)
+                for path in ("/v1/models", "/v1/jobs", f"/v1/jobs/{job_id}", "/v1/files", "/health")
+            ),
+            caller.client.get("/v1/jobs/job_nope"),
+            caller.client.get(f"/v1/jobs/{job_id}/events"),  # 429 too_many_streams
+            caller.client.post("/v1/chat/completions", json=chat | {"temperature": "hot"}),
+            caller.client.post("/v1/chat/completions", json=chat | {"model": "nope"}),
+            caller.client.post("/v1/chat/completions", json=chat),
+            caller.client.post("/v1/batches", json={"input_file_id": "file_nope", "endpoint": "/v1/completions"}),
+            caller.client.post("/tokenize", json={"model": "large", "prompt": "x"}),
+            caller.client.post("/v1/messages", json=chat),
+        ]
+    statuses = [answer.status_code for answer in answers]
+    assert statuses == [200, 200, 200, 200, 200, 404, 429, 400, 404, 429, 400, 200, 400]
+    *others, of_anthropic = [answer for answer in answers if answer.request.url.path != "/health"]
+    for answer in others:
+        told = {name[12:]: text for name, text in answer.headers.items() if name.startswith("x-ratelimit-")}
+        assert (told["limit-requests"], told["limit-tokens"]) == ("5", "1000"), answer.request.url
+        assert told["remaining-requests"] in ("4", "5")
+        assert 1000 - 21 <= int(told["remaining-tokens"]) < 1000
+    assert of_anthropic.headers["anthropic-ratelimit-requests-limit"] == "5"
+    assert not [name for name in of_anthropic.headers if name.startswith("x-ratelimit-")]
+    assert not [name for name in answers[4].headers if "ratelimit" in name], "nobody's key was looked at"
+
+
 def test_of_50_at_once_exactly_10_are_accepted_and_only_they_count(
     make_caller: Callable[[], Caller], api: ApiServer
 ) -> None:

@@ -152,6 +152,8 @@ def run_jobs_of_every_kind(caller: Caller, receiver: Receiver) -> None:
     caller.cancel(running)
     caller.cancel(caller.submit("unserved"))
     caller.wait_for("expired", caller.submit("unserved", start_timeout=1))
+    caller.post("/v1/admin/models/unserved/unload", {})
+    assert caller.post("/v1/completions", {"model": "unserved", "prompt": "x"}).status_code == 503
     caller.run_batch()
     wait_until(lambda: receiver.received, "the webhook is delivered")
 

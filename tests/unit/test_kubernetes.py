@@ -141,10 +141,10 @@ def test_each_worker_has_a_gpu_a_model_and_a_scaler_of_its_own() -> None:
         assert container["command"][-2:] == ["--model", model]
         assert f'id = "{model}"' in models
         assert "replicas" not in worker["spec"], "the scaler owns it"
-        [trigger] = scalers[worker["metadata"]["name"]]["spec"]["triggers"]
-        query = trigger["metadata"]["query"]
-        assert query.count(f'model="{model}"') == 2
+        triggers = scalers[worker["metadata"]["name"]]["spec"]["triggers"]
+        jobs, refused = (trigger["metadata"]["query"] for trigger in triggers)
+        assert (jobs.count(f'model="{model}"'), refused.count(f'model="{model}"')) == (2, 1)
         served = {metric.name for metric in registries[Process.API].collect()}
-        assert set(re.findall(r"celeriac_\w+", query)) <= served
-        [reasons] = re.findall(r'reason=~"([^"]+)"', query)
+        assert {name.removesuffix("_total") for name in re.findall(r"celeriac_\w+", jobs + refused)} <= served
+        [reasons] = re.findall(r'reason=~"([^"]+)"', jobs)
         assert set(reasons.split("|")) <= set(WaitingFor)

@@ -82,6 +82,22 @@ def test_no_more_is_taken_than_a_bucket_and_what_it_filled_up(per_minute: int, a
     assert taken <= per_minute + passed * per_minute / 60 + 100
 
 
+def test_what_was_last_heard_of_a_bucket_rises_with_time() -> None:
+    bucket = Bucket.refilled(60, None, seconds=0)
+    bucket.take(90)
+    standing = bucket.standing
+    assert standing == (60, 0, 90)
+    assert standing.after(29.5) == (60, 0, 60.5)
+    assert standing.after(40) == (60, 10, 50)
+    assert standing.after(3600) == (60, 60, 0)
+
+
+def test_the_tightest_of_several_limits_is_told_and_none_where_there_are_none() -> None:
+    less, more = Bucket.refilled(10, 3.0, seconds=0), Bucket.refilled(5, None, seconds=0)
+    assert LimitStanding.of([more, less, None], [None]) == (less.standing, None)
+    assert LimitStanding.of([None], []) is None
+
+
 STANDING = LimitStanding(BucketStanding(10, 4, 36.0), BucketStanding(1000, 0, 61.5))
 
 
