@@ -186,6 +186,7 @@ def _create_key(session: Session, body: KeyBody, actor: str) -> ApiKeyView:
         name=body.name,
         expires_at=None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds),
         scopes=body.scopes,
+        max_priority=body.max_priority,
         key_limits=body.limits,
         actor=actor,
     )

@@ -12,6 +12,12 @@ if TYPE_CHECKING:
 
     from storage.tables import ApiKey
 
+PRIORITY = click.option(
+    "--max-priority",
+    type=click.IntRange(0, 10),
+    help="How far the priority of its jobs counts among those of other tenants, 0 to 10: no further than its tenant's.",
+)
+
 SCOPES = ("submit", "read", "cancel", "metrics", "admin")
 
 
@@ -43,10 +49,18 @@ def keys() -> None:
     help="What it may be used for; may be given several times.  [default: submit, read and cancel]",
 )
 @click.option("--admin", "is_admin", is_flag=True, help="Add the scope admin: /v1/admin and /metrics.")
+@PRIORITY
 @limit_options
 @json_option
 def create_key(
-    name: str, tenant: str, days: int | None, scopes: tuple[str, ...], is_admin: bool, as_json: bool, **_: int | None
+    name: str,
+    tenant: str,
+    days: int | None,
+    scopes: tuple[str, ...],
+    is_admin: bool,
+    max_priority: int | None,
+    as_json: bool,
+    **_: int | None,
 ) -> None:
     """Create a key and print it. It is shown only this once."""
     from datetime import UTC, datetime, timedelta
@@ -68,6 +82,7 @@ def create_key(
             name=name,
             expires_at=datetime.now(UTC) + timedelta(days=days) if days else None,
             scopes=given | {Scope.ADMIN} if is_admin else given,
+            max_priority=max_priority,
             key_limits=limits_given(),
             actor=actor,
         )
@@ -116,9 +131,10 @@ def show_key(key_id: str, as_json: bool) -> None:
 
 @keys.command("limit")
 @click.argument("key_id")
+@PRIORITY
 @limit_options
 @json_option
-def limit_key(key_id: str, as_json: bool, **_: int | None) -> None:
+def limit_key(key_id: str, max_priority: int | None, as_json: bool, **_: int | None) -> None:
     """Set or remove limits of a key; those that are not named stay.
 
     The limits of its tenant apply as well.
@@ -127,9 +143,9 @@ def limit_key(key_id: str, as_json: bool, **_: int | None) -> None:
     celeriac keys limit KEY_ID --requests-per-minute 60
     celeriac keys limit KEY_ID --requests-per-minute none
     """
-    if not limits_given().model_fields_set:
+    if not limits_given().model_fields_set and max_priority is None:
         raise click.UsageError("name a limit, such as --requests-per-minute 60; --help lists all of them")
-    _change(key_id, as_json, f"The limits of {key_id} are set.")
+    _change(key_id, as_json, f"The limits of {key_id} are set.", max_priority=max_priority)
 
 
 @keys.command("disable")
@@ -185,12 +201,14 @@ def delete_key(key_id: str, as_json: bool) -> None:
         click.echo(f"Key {key_id} is deleted.")
 
 
-def _change(key_id: str, as_json: bool, message: str, *, is_enabled: bool | None = None) -> None:
+def _change(
+    key_id: str, as_json: bool, message: str, *, is_enabled: bool | None = None, max_priority: int | None = None
+) -> None:
     from local.lock import settings_here
     from storage import administration
     from storage.administration import KeyChanges
 
-    changes = KeyChanges(is_enabled, limits_given())
+    changes = KeyChanges(is_enabled, max_priority, limits_given())
     with transaction(settings_here()) as session:
         view = _view(session, administration.change_key(session, key_id, changes, actor=user_here()))
     print_json(view) if as_json else click.echo(message)

@@ -20,6 +20,14 @@ TenantName = Annotated[str, StringConstraints(min_length=1, max_length=64, patte
 KeyName = Annotated[str, StringConstraints(max_length=256, pattern=NO_NUL)]
 
 
+KEY_PRIORITY: Any = Field(
+    default=None,
+    ge=0,
+    le=10,
+    description="How far its jobs' priority counts among those of other tenants, within its tenant's max_priority.",
+)
+
+
 class AdminBody(FirstErrorModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,6 +72,7 @@ class KeyBody(AdminBody):
     name: KeyName = Field(default="", description="What the key is for.")
     scopes: list[Scope] = Field(default=list(OWN_SCOPES), min_length=1, max_length=8)
     expires_in_seconds: int | None = Field(default=None, ge=1, le=MAX_VALID_SECONDS)
+    max_priority: int | None = KEY_PRIORITY
     limits: Limits = NO_LIMITS
 
 
@@ -71,10 +80,11 @@ class KeyChangesBody(AdminBody):
     """POST /v1/admin/keys/{key_id}: the fields that are given are changed."""
 
     enabled: bool | None = None
+    max_priority: int | None = KEY_PRIORITY
     limits: Limits | None = Field(default=None, description="All of its limits; those that are missing are removed.")
 
     def to_changes(self) -> KeyChanges:
-        return KeyChanges(self.enabled, _whole(self.limits))
+        return KeyChanges(self.enabled, self.max_priority, _whole(self.limits))
 
 
 class KeyRotationBody(AdminBody):
@@ -122,6 +132,7 @@ class ApiKeyView(View):
     name: str
     scopes: list[Scope]
     status: Literal["valid", "disabled", "expired"]
+    max_priority: int
     limits: LimitsView
     created_at: Timestamp
     expires_at: Timestamp | None
@@ -176,6 +187,7 @@ def api_key_view(key: ApiKey, tenant: str, limits: Limits) -> ApiKeyView:
         "name": key.name,
         "scopes": sorted(key.all_scopes),
         "status": status,
+        "max_priority": key.max_priority,
         "limits": _limits_view(limits),
         "created_at": timestamp(key.created_at),
         "expires_at": optional_timestamp(key.expires_at),

@@ -48,10 +48,11 @@ class KeyChanges:
     """None: unchanged."""
 
     is_enabled: bool | None = None
+    max_priority: int | None = None
     limits: Limits = NO_LIMITS
 
     def as_json(self) -> dict[str, Any]:
-        return _given(enabled=self.is_enabled, limits=_limits_json(self.limits))
+        return _given(enabled=self.is_enabled, max_priority=self.max_priority, limits=_limits_json(self.limits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,17 +192,21 @@ def create_key(
     name: str = "",
     expires_at: datetime | None = None,
     scopes: Iterable[Scope] = OWN_SCOPES,
+    max_priority: int | None = None,
     key_limits: Limits = NO_LIMITS,
     actor: str,
 ) -> NewKey:
     given = frozenset(scopes)
     text = tenants.create_key(session, tenant.id, name=name, expires_at=expires_at, scopes=given)
     row = find_key(session, text.split("_")[1])
+    if max_priority is not None:
+        row.max_priority = max_priority
     limits.change_key_limits(session, tenant.id, row.id, key_limits)
     changes = _given(
         name=name or None,
         expires_at=expires_at and expires_at.isoformat(timespec="seconds"),
         scopes=sorted(given),
+        max_priority=max_priority,
         limits=_limits_json(key_limits),
     )
     _note(session, actor, "key.create", tenant.name, row.id, changes)
@@ -222,6 +227,8 @@ def change_key(session: Session, key_id: str, changes: KeyChanges, *, actor: str
     row = find_key(session, key_id, is_locked=True)
     if changes.is_enabled is not None and changes.is_enabled == (row.revoked_at is not None):
         row.revoked_at = None if changes.is_enabled else session.scalar(select(func.statement_timestamp()))
+    if changes.max_priority is not None:
+        row.max_priority = changes.max_priority
     limits.change_key_limits(session, row.tenant_id, key_id, changes.limits)
     session.flush()
     _note(session, actor, "key.change", _name_of(session, row), key_id, changes.as_json())
@@ -229,14 +236,15 @@ def change_key(session: Session, key_id: str, changes: KeyChanges, *, actor: str
 
 
 def rotate_key(session: Session, key_id: str, *, keep_old_until: datetime | None, actor: str) -> NewKey:
-    """Make a key to take this one's place, with its name, scopes, expiry and limits. The old one is disabled at once,
-    or expires at `keep_old_until`. Raises NotFound, or InvalidRequest if it is not valid any more."""
+    """Make a key to take this one's place, with all that it may do, its expiry and its limits. The old one is disabled
+    at once, or expires at `keep_old_until`. Raises NotFound, or InvalidRequest if it is not valid any more."""
     old = find_key(session, key_id, is_locked=True)
     now = session.scalars(select(func.statement_timestamp())).one()
     if old.revoked_at is not None or (old.expires_at is not None and old.expires_at <= now):
         raise InvalidRequest(f"the key {key_id} is disabled or has expired, so nothing can take its place; create one")
     text = tenants.create_key(session, old.tenant_id, name=old.name, expires_at=old.expires_at, scopes=old.all_scopes)
     new = find_key(session, text.split("_")[1])
+    new.max_priority = old.max_priority
     limits.copy_limits(session, old.tenant_id, key_id, to_key_id=new.id)
     if keep_old_until is None:
         old.revoked_at = now

@@ -47,8 +47,9 @@ RANK = f"(extract(epoch FROM j.available_at AT TIME ZONE 'UTC') - {AGEING_SECOND
 # Where a job stands before any fairness: 0, or -1 for a batch line until it has risen to the priority 0 by waiting.
 STANDING = f"""CASE WHEN j.priority >= {MIN_PRIORITY} OR {RANK} <= extract(epoch FROM {CLOCK}) THEN 0 ELSE -1 END"""
 
-# How far a step of priority puts a job before those of other tenants, within the maximum that its tenant was given. The
-# job is charged like any other, so its tenant pays the lead back: in the long run, everybody receives by weight.
+# How far a step of priority puts a job before those of other tenants, within the maximum that its tenant was given, and
+# that of the key it was sent with, which may be less. The job is charged like any other, so its tenant pays the lead
+# back: in the long run, everybody receives by weight.
 LEAD_TOKENS = 1000
 
 # How far a tenant may have received more than the others and still owe it to them after it was idle; and how far less,
@@ -57,8 +58,10 @@ MAX_DEBT_TOKENS = 10_000
 
 
 def lead(job: str, tenant: str) -> str:
-    """The lead of a job in tokens."""
-    return f"{LEAD_TOKENS} * greatest(0, least({job}.priority, {tenant}.max_priority))"
+    """The lead of a job in tokens. Its key is looked up only where there may be one."""
+    return f"""{LEAD_TOKENS} * CASE WHEN {job}.priority > 0 AND {tenant}.max_priority > 0
+            THEN least({job}.priority, {tenant}.max_priority,
+                (SELECT k.max_priority FROM api_keys k WHERE k.id = {job}.key_id)) ELSE 0 END"""
 
 
 # A job comes no later than those of its tenant that RANK puts after it, whatever lead their priority gives them.
@@ -313,7 +316,7 @@ def ranked(condition: str) -> str:
         SELECT l.tenant_id, j.id, j.rank, l.num_running, l.virtual_time + (sum(j.cost) OVER (
             PARTITION BY l.tenant_id ORDER BY j.rank, j.id) - j.cost - {lead("j", "l")}) / l.weight AS fair_time
         FROM waiting l CROSS JOIN LATERAL (
-            SELECT j.id, j.priority, {RANK} AS rank, {CHARGE} AS cost FROM jobs j WHERE {due}
+            SELECT j.id, j.priority, j.key_id, {RANK} AS rank, {CHARGE} AS cost FROM jobs j WHERE {due}
             ORDER BY {RANK}, j.id LIMIT (SELECT :num_rows / count(*) + 1 FROM waiting)) j
     ),
     lifted AS (SELECT id, rank, num_running, {LIFTED.format(of="tenant_id")} AS fair_time FROM timed),

@@ -168,6 +168,7 @@ class ApiKey(Row):
     """A credential of one tenant. The secret itself is never stored."""
 
     __tablename__ = "api_keys"
+    __table_args__ = (CheckConstraint("max_priority BETWEEN 0 AND 10", name="max_priority"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)  # the public part of the key
     tenant_id: Mapped[UUID] = mapped_column(ForeignKey("tenants.id", ondelete="CASCADE"))
@@ -178,6 +179,7 @@ class ApiKey(Row):
     created_at: Mapped[datetime] = mapped_column(server_default=func.now())
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]  # since when it is disabled
+    max_priority: Mapped[int] = mapped_column(SmallInteger, server_default="10")  # within that of its tenant
 
     @property
     def all_scopes(self) -> frozenset[Scope]:

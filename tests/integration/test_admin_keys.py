@@ -122,7 +122,9 @@ def test_a_key_is_made_disabled_rotated_and_deleted(
     api: ApiServer, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("api.authentication.REMEMBER_SECONDS", 0.0)
-    made = make_key(admin, name="laptop", limits={"requests_per_minute": 5}, expires_in_seconds=3600)
+    asked = {"limits": {"requests_per_minute": 5}, "max_priority": 3, "expires_in_seconds": 3600}
+    made = make_key(admin, name="laptop", **asked)
+    assert (made["max_priority"], make_key(admin)["max_priority"]) == (3, 10)
     assert made["key"].startswith(f"sk_{made['id']}_")
     shown = admin.get(f"/v1/admin/keys/{made['id']}").json()
     assert shown == {name: value for name, value in made.items() if name != "key"}
@@ -137,6 +139,7 @@ def test_a_key_is_made_disabled_rotated_and_deleted(
     for key in (new["key"], kept["key"]):
         with api.client(key) as client:
             assert client.get("/v1/jobs").status_code == 200
+    assert admin.post(f"/v1/admin/keys/{kept['id']}", json={"max_priority": 0}).json()["max_priority"] == 0
     assert admin.post(f"/v1/admin/keys/{made['id']}/rotate").status_code == 400
     assert admin.delete(f"/v1/admin/keys/{kept['id']}").json()["deleted"] is True
     with api.client(kept["key"]) as client:
@@ -200,6 +203,7 @@ def test_the_audit_log_names_actor_and_change_but_no_key(admin: httpx.Client) ->
         ("/v1/admin/tenants", {"name": "n", "weight": 1e9}, "weight"),
         ("/v1/admin/tenants", {"name": "n", "weight": 1e-300}, "weight"),
         ("/v1/admin/tenants", {"name": "n", "max_priority": 2**31}, "max_priority"),
+        ("/v1/admin/keys", {"max_priority": 11}, "max_priority"),
         ("/v1/admin/tenants", {"name": "n", "retention_seconds": 59}, "retention_seconds"),
         ("/v1/admin/tenants", {"name": "n", "retention_seconds": 2**31}, "retention_seconds"),
         ("/v1/admin/tenants", {"name": "n", "limits": {"streams": 0}}, "limits.streams"),

@@ -94,3 +94,11 @@ def test_a_database_that_is_not_there_is_explained(run: Any) -> None:
     assert result.exit_code == 1
     assert "the database does not answer" in result.output
     assert "CELERIAC_DATABASE_URL" in result.output
+
+
+def test_a_key_may_have_less_leave_than_its_tenant(run: Any, database_url: str) -> None:
+    made = json.loads(run(database_url, "keys", "create", "--max-priority", "2", "--json").stdout)
+    assert made["max_priority"] == 2
+    changed = json.loads(run(database_url, "keys", "limit", made["id"], "--max-priority", "0", "--json").stdout)
+    assert (changed["max_priority"], changed["limits"]) == (0, made["limits"])
+    assert run(database_url, "keys", "limit", made["id"], "--max-priority", "11").exit_code == 2
