@@ -129,7 +129,18 @@ class CompletionsUsageView(View):
     object: Literal["organization.usage.completions.result"]
     input_tokens: int
     input_cached_tokens: int
+    input_uncached_tokens: int
     output_tokens: int
+    input_text_tokens: int
+    input_cached_text_tokens: int
+    output_text_tokens: int
+    input_audio_tokens: Literal[0]
+    input_cached_audio_tokens: Literal[0]
+    output_audio_tokens: Literal[0]
+    input_image_tokens: Literal[0]
+    input_cached_image_tokens: Literal[0]
+    output_image_tokens: Literal[0]
+    input_cache_write_tokens: Literal[0]
     num_model_requests: int
     project_id: Annotated[str | None, Field(description="With group_by=project_id: the tenant's name.")]
     user_id: None
@@ -137,6 +148,7 @@ class CompletionsUsageView(View):
     model: Annotated[str | None, Field(description="With group_by=model.")]
     batch: Annotated[bool | None, Field(description="With group_by=batch.")]
     service_tier: None
+    api_source: None
 
 
 class EmbeddingsUsageView(View):
@@ -177,9 +189,21 @@ def results_by_bucket(
         result["input_tokens"] += total.num_prompt_tokens
         result["num_model_requests"] += total.num_jobs
         if kind is JobKind.GENERATION:
-            result["input_cached_tokens"] += total.num_cached_tokens
-            result["output_tokens"] += total.num_output_tokens
+            _add(result, total)
     return {bucket: list(own.values()) for bucket, own in results.items()}
+
+
+def _add(result: dict[str, Any], total: UsageTotal) -> None:
+    """The tokens of completions, which are all of text."""
+    for name, number in (
+        ("input_text_tokens", total.num_prompt_tokens),
+        ("input_cached_tokens", total.num_cached_tokens),
+        ("input_cached_text_tokens", total.num_cached_tokens),
+        ("input_uncached_tokens", total.num_prompt_tokens - total.num_cached_tokens),
+        ("output_tokens", total.num_output_tokens),
+        ("output_text_tokens", total.num_output_tokens),
+    ):
+        result[name] += number
 
 
 def _empty_result(kind: JobKind, total: UsageTotal, model: str | None) -> dict[str, Any]:
@@ -188,4 +212,5 @@ def _empty_result(kind: JobKind, total: UsageTotal, model: str | None) -> dict[s
     result |= {"project_id": total.tenant, "user_id": None, "api_key_id": total.key_id, "model": model}
     if kind is JobKind.EMBEDDING:
         return result
-    return result | {"input_cached_tokens": 0, "output_tokens": 0, "batch": total.is_batch, "service_tier": None}
+    zeros = {name: 0 for name in CompletionsUsageView.__annotations__ if name.endswith("_tokens")}
+    return result | zeros | {"batch": total.is_batch, "service_tier": None, "api_source": None}

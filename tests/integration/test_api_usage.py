@@ -100,6 +100,9 @@ def test_openais_client_reads_its_buckets(api: ApiServer, keys: dict[str, str], 
         [result] = full[0].results
         assert result.object == "organization.usage.completions.result"
         assert (result.input_tokens, result.num_model_requests, result.model, result.batch) == (5, 1, "fake", False)
+        assert (result.input_uncached_tokens, result.input_cached_tokens, result.output_text_tokens) == (5, 0, 2)
+        missing = type(result).model_fields.keys() - result.model_fields_set
+        assert missing == {"input_cache_write_12h_tokens", "input_cache_write_30m_tokens"}, "which only OpenAI bills"
         first = usage.completions(start_time=now - 3 * 86_400, limit=2)
         assert first.has_more
         assert first.next_page is not None
