@@ -296,10 +296,11 @@ def _aliases(service: dict[str, Any]) -> list[str]:
     return [alias for network in networks.values() for alias in network.get("aliases", ())]
 
 
-def test_every_service_of_ours_bounds_its_logs() -> None:
+def test_every_service_of_ours_bounds_its_logs_and_its_memory() -> None:
     for name, service in load_services(SECRETS).items():
         if service.get("restart") != "no":
             assert service["logging"]["options"]["max-size"], name
+            assert service["mem_limit"], name
 
 
 def copied_files(target: str) -> list[str]:
