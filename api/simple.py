@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -216,7 +216,10 @@ async def find_answered(services: Services, tenant_id: UUID, generation: Generat
     same parameters once defaults are filled in, and no randomness. None if there is none."""
     view = services.views.get(generation.model)
     key = request_hash(generation, JobOptions(endpoint=Endpoint.SIMPLE))
-    record = await services.read(job_queries.find_completed, tenant_id, key, model_revision=view.revision)
+    try:
+        record = await services.read(job_queries.find_completed, tenant_id, key, model_revision=view.revision)
+    except ValidationError:  # it cannot be read, so it answers nobody
+        return None
     if record is None or not isinstance(record.request, GenerationRequest):
         return None
     stored = record.request.params

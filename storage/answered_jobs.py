@@ -14,12 +14,14 @@ All functions are synchronous on a `Session` and do not commit.
 
 # ruff: noqa: S608  (only constants of the storage modules are inserted into the text; values are bound)
 
+import logging
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
 
 import orjson
+from pydantic import ValidationError
 from sqlalchemy import JSON, Row, text
 from sqlalchemy.orm import Session
 
@@ -31,6 +33,8 @@ from storage.job_statements import CLOCK, FRESH, HAS_ROOM, NEW, NEW_COLUMNS, NEW
 from storage.tables import Job
 from storage.usage import RECORDED_COLUMNS, ends_recorded
 from storage.webhooks import IS_TOLD, write_deliveries
+
+log = logging.getLogger(__name__)
 
 # Each leader once, with the hash of the question that it has answered.
 FIND = text(f"""
@@ -44,6 +48,9 @@ JOIN jobs l ON l.id = a.job_id AND l.tenant_id = q.tenant_id AND l.status = 'com
     AND l.cancel_requested_at IS NULL
 JOIN job_results r ON r.job_id = l.id
 """).columns(result=JSON)
+
+# Of leaders whose result cannot be read: whoever asks next leads.
+FORGET = text("DELETE FROM answers WHERE job_id = ANY(CAST(:leader_ids AS uuid[]))")
 
 # A leader that has been deleted since it was found answers nobody.
 ACCEPT_ANSWERED = text(f"""
@@ -113,8 +120,17 @@ def _find(
         "keys": Packed(key for _, key in questions),
         "max_age_seconds": max_age_seconds,
     }
-    rows = session.execute(FIND, parameters)
-    return {(row.tenant_id, bytes(row.key)): (row.leader_id, RESULT.validate_python(row.result)) for row in rows}
+    found: dict[tuple[UUID, bytes | None], tuple[UUID, JobOutput]] = {}
+    unreadable: list[UUID] = []
+    for row in session.execute(FIND, parameters):
+        try:
+            found[row.tenant_id, bytes(row.key)] = row.leader_id, RESULT.validate_python(row.result)
+        except ValidationError:
+            unreadable.append(row.leader_id)
+    if unreadable:
+        log.warning("answers that cannot be read are forgotten", extra={"num_jobs": len(unreadable)})
+        session.execute(FORGET, {"leader_ids": unreadable})
+    return found
 
 
 def _accepted(new_job: NewJob, row: Row[Any], result: JobOutput) -> Accepted:

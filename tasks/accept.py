@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from itertools import chain
 from uuid import UUID
 
+from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -219,16 +220,19 @@ class GroupAcceptor:
 class _NotAnswered(Exception):
     """Known answers could not be given, so the group is accepted again, to be run."""
 
-    def __init__(self, cause: DBAPIError) -> None:
+    def __init__(self, cause: DBAPIError | ValidationError) -> None:
         super().__init__()
         self.cause = cause
 
 
 @contextmanager
 def _told_apart() -> Iterator[None]:
-    """Raises _NotAnswered if the database refuses to answer, though not if it is away."""
+    """Raises _NotAnswered if the database refuses to answer, though not if it is away, or if an answer cannot be
+    read."""
     try:
         yield
+    except ValidationError as exc:
+        raise _NotAnswered(exc) from exc
     except DBAPIError as exc:
         if exc.connection_invalidated:
             raise

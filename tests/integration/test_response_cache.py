@@ -28,6 +28,7 @@ from storage.usage import UsageRecord
 from tests.integration.api_harness import ApiServer, HandWorker, all_events, numbered
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
+JOB = {"model": "large", "prompt": "abc", "params": GREEDY}
 Sessions = sessionmaker[Session]
 
 
@@ -58,7 +59,7 @@ def client(clients: tuple[httpx.Client, httpx.Client]) -> httpx.Client:
 
 
 def ask(client: httpx.Client, prompt: str = "abc", **fields: Any) -> httpx.Response:
-    job = {"model": "large", "prompt": prompt, "params": GREEDY} | fields
+    job = JOB | {"prompt": prompt} | fields
     answer = client.post("/v1/jobs", json=job)
     assert answer.status_code in (200, 202), answer.text
     return answer
@@ -295,6 +296,24 @@ def test_an_answer_that_is_gone_is_a_miss(client: httpx.Client, hand_worker: Han
     assert outcome_of(second) == (202, "miss", False)
     run(hand_worker, second.json()["id"], "Hello again")
     assert ask(client).json()["output"]["text"] == "Hello again"
+
+
+@pytest.mark.parametrize("result", ['{"oops": 1}', "[]", "null"])
+def test_an_answer_that_cannot_be_read_is_a_miss(
+    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions, result: str
+) -> None:
+    first = ask(client).json()["id"]
+    run(hand_worker, first, "Hello")
+    with session_factory.begin() as session:
+        statement = text("UPDATE job_results SET result = CAST(:result AS json) WHERE job_id = :job_id")
+        session.execute(statement, {"result": result, "job_id": parse_id(first)})
+    keyed = client.post("/v1/jobs", json=JOB, headers={"idempotency-key": "k"})
+    assert keyed.status_code == 202, keyed.text
+    assert client.post(f"/v1/jobs/{keyed.json()['id']}/cancel").status_code == 200
+    second = ask(client)
+    assert outcome_of(second) == (202, "miss", False)
+    run(hand_worker, second.json()["id"], "Hello again")
+    assert ask(client).json()["output"]["text"] == "Hello again", "whoever asks next has a new answer"
 
 
 def test_any_answer_will_do_if_the_client_says_so(client: httpx.Client, hand_worker: HandWorker) -> None:
