@@ -83,7 +83,8 @@ class Settings(BaseSettings):
     stream_heartbeat_seconds: float = Field(default=15.0, gt=0)
     api_drain_seconds: float = Field(default=20.0, ge=0)  # for answers that nobody can resume, after SIGTERM
     no_workers_seconds: float = Field(default=60.0, gt=0)  # without a live worker, before waiting requests are refused
-    response_cache: Literal["off", "greedy", "seeded"] = "off"  # which requests may get an earlier job's answer
+    # Which requests may get an earlier job's answer.
+    response_cache: Literal["off", "asked", "greedy", "seeded"] = "asked"
     response_cache_seconds: float = Field(default=86_400.0, gt=0)  # how old such an answer may be
     request_timeout_seconds: float = Field(default=30.0, gt=0)  # of /api/v1/infer
     disconnect_grace_seconds: float = Field(default=10.0, ge=0)  # before a job whose only client left is cancelled

@@ -184,7 +184,7 @@ async def infer(request: Request) -> Response:
     read = await read_generation(request, await read_body(request), InferBody, InferBody.to_generation)
     body, generation = read.body, read.generation
     if (
-        services.settings.response_cache == "off"
+        services.settings.response_cache in ("off", "asked")
         and body.use_cache
         and (known := await find_answered(services, tenant_id, generation)) is not None
     ):

@@ -24,7 +24,8 @@ def answer_key(
         return None  # the prompt is not known here, or a conversation is to be continued
     is_greedy = prepared.request.params.temperature == 0
     is_seeded = settings.response_cache == "seeded" and request.params.seed is not None
-    if not (is_greedy or is_seeded or options.use_cache):
+    is_determined = (is_greedy and settings.response_cache != "asked") or is_seeded
+    if not (is_determined or options.use_cache):
         return None
     # The seed does not matter to a greedy request. A drawn seed is not part of what was asked for.
     params = prepared.request.params.model_copy(update={"seed": None if is_greedy else request.params.seed})

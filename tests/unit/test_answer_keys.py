@@ -42,6 +42,8 @@ def test_only_requests_whose_output_is_determined_have_a_key(view: ModelView) ->
     for params in (GREEDY, random, seeded):
         assert key_of(view, params, use_cache=False) is None
         assert key_of(view, params, use_cache=True, cache="off") is None
+        assert key_of(view, params, cache="asked") is None
+        assert key_of(view, params, use_cache=True, cache="asked") == key_of(view, params, use_cache=True)
 
 
 def test_a_model_can_be_left_out() -> None:
