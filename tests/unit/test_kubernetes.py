@@ -42,6 +42,21 @@ def test_every_manifest_fits_the_schemas_of_kubernetes() -> None:
             validate.validate(resource, "1.33", strict=True)
 
 
+def test_keda_knows_each_field_of_its_objects() -> None:
+    """Whose schemas no package has: fields that it does not know, it ignores."""
+    spec_fields = {"scaleTargetRef", "minReplicaCount", "maxReplicaCount", "pollingInterval", "cooldownPeriod"}
+    for one in of_kind("ScaledObject"):
+        spec = one["spec"]
+        assert spec.keys() == spec_fields | {"advanced", "triggers"}
+        assert all(type(spec[name]) is int for name in spec_fields - {"scaleTargetRef"})
+        behavior = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+        assert behavior.keys() <= {"scaleUp", "scaleDown"}
+        for trigger in spec["triggers"]:
+            assert trigger.keys() == {"type", "metadata"}
+            assert trigger["metadata"].keys() == {"serverAddress", "query", "threshold", "activationThreshold"}
+            assert all(isinstance(value, str) for value in trigger["metadata"].values())
+
+
 def test_each_setting_is_one_that_the_processes_know() -> None:
     known = {PREFIX + name.upper() for name in Settings.model_fields} | {"HF_HOME"}
     assert settings().keys() <= known
