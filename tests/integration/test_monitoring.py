@@ -52,7 +52,7 @@ def panels(name: str) -> list[dict[str, Any]]:
 
 
 def expressions() -> dict[str, str]:
-    """Every expression of the dashboards and the alerts, by where it stands."""
+    """Every expression of the dashboards, the alerts and the scalers of workers, by where it stands."""
     found = {}
     for board in ("system", "model"):
         for panel in panels(board):
@@ -62,6 +62,9 @@ def expressions() -> dict[str, str]:
     for group in yaml.safe_load((DEPLOY / "alerts.yml").read_text())["groups"]:
         for rule in group["rules"]:
             found[f"alert: {rule['alert']}"] = rule["expr"]
+    for scaler in yaml.safe_load_all((DEPLOY / "k8s/scale.yaml").read_text()):
+        for number, trigger in enumerate(scaler["spec"]["triggers"]):
+            found[f"scaler: {number}"] = trigger["metadata"]["query"].replace("qwen3-8b", MODEL)
     return found
 
 
