@@ -50,7 +50,7 @@ class BucketStanding(NamedTuple):
     def after(self, seconds: float) -> "BucketStanding":
         """What it is by then if nothing is taken meanwhile."""
         until_full = max(0.0, self.seconds_until_full - seconds)
-        level = self.limit * (1 - until_full / MINUTE_SECONDS)
+        level = self.limit - until_full * self.limit / MINUTE_SECONDS
         return BucketStanding(self.limit, max(self.num_remaining, int(level)), until_full)
 
 

@@ -22,7 +22,7 @@ import orjson
 from sqlalchemy import ARRAY, Row, Uuid, any_, bindparam, case, func, select, text
 from sqlalchemy.orm import Session
 
-from domain.requests import JobOutput
+from domain.requests import RESULT, JobOutput
 from storage.job_accept import NewJob
 from storage.job_ends import told
 from storage.job_queries import JobRecord
@@ -149,7 +149,8 @@ WHERE j.id = alone.id AND {NEVER_CLAIMED} AND j.available_at > {CLOCK}
 
 def answer(session: Session, new_jobs: Sequence[NewJob], *, max_age_seconds: float) -> dict[UUID, JobRecord]:
     """Complete those of these accepted jobs whose answers are known, and have the others lead or follow. Each must have
-    an `answer_key`. Returns those that were completed, by their ids."""
+    an `answer_key`. Returns those that were completed, by their ids. Raises ValidationError if an answer cannot be
+    read."""
     parameters = {
         "ids": [job.id for job in new_jobs],
         "tenant_ids": [job.tenant_id for job in new_jobs],
@@ -161,6 +162,9 @@ def answer(session: Session, new_jobs: Sequence[NewJob], *, max_age_seconds: flo
         return {}
     rows = session.execute(COMPLETE, {"ids": [one.job_id for one in completed]}).all()
     result_by_leader = {job.answered_by: result for job, result in rows if result is not None}
+    for job, _ in rows:
+        if job.answered_by not in result_by_leader:
+            RESULT.validate_python(None)  # raises what any other result raises that cannot be read
     new_job_by_id = {job.id: job for job in new_jobs}
     return {job.id: _record(job, result_by_leader[job.answered_by], new_job_by_id[job.id]) for job, _ in rows}
 
