@@ -162,6 +162,7 @@ class TestTheLastWorkerWentAway:
     ) -> None:
         monkeypatch.setattr("api.openai.running.UNSERVED_POLL_SECONDS", 0.05)
         api.services.monitor._served_at["fake"] = time.monotonic() - 3600
+        wait_until(lambda: api.services.monitor.unserved_seconds("fake") > NO_WORKERS_SECONDS)  # the queues were read
         before = refused_of("fake", http)
         assert http.post(route, json=ROUTES[route]).status_code == 503
         assert refused_of("fake", http) == before + 1, "by which a scaler learns that somebody wants a worker"
