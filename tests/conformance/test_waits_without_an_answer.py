@@ -164,7 +164,8 @@ class TestTheLastWorkerWentAway:
         api.services.monitor._served_at["fake"] = time.monotonic() - 3600
         wait_until(lambda: api.services.monitor.unserved_seconds("fake") > NO_WORKERS_SECONDS)  # the queues were read
         before = refused_of("fake", http)
-        assert http.post(route, json=ROUTES[route]).status_code == 503
+        body = ROUTES[route] | ({"store": False} if route == "/v1/responses" else {})
+        assert http.post(route, json=body).status_code == 503
         assert refused_of("fake", http) == before + 1, "by which a scaler learns that somebody wants a worker"
 
         def work() -> None:
@@ -177,8 +178,10 @@ class TestTheLastWorkerWentAway:
                 return list(job_queries.list_jobs(session, DEFAULT_TENANT_ID))
 
         with ThreadPoolExecutor(1) as threads:
-            body = ROUTES[route] | ({"stream": True} if route == "/v1/chat/completions" else {})
-            asking = threads.submit(http.post, route, json=body, headers=TIMEOUT | {"x-start-timeout": "10m"})
+            streamed = {"stream": True} if route == "/v1/chat/completions" else {}
+            asking = threads.submit(
+                http.post, route, json=body | streamed, headers=TIMEOUT | {"x-start-timeout": "10m"}
+            )
             wait_until(waiting)
             time.sleep(SEVERAL_SIGNS_SECONDS)  # looks for a worker ten times meanwhile
             work()
