@@ -396,7 +396,7 @@ def main() -> None:
         EmbeddedPostgres(Path(folder), settings=settings) as server,
     ):
         places = []
-        with psycopg.connect(server.url, autocommit=True) as administrator:
+        with psycopg.connect(server.url_of("postgres"), autocommit=True) as administrator:
             administrator.execute("CREATE ROLE plain LOGIN")
             for name in ("is_empty", "is_full"):
                 administrator.execute(f"CREATE DATABASE {name} OWNER plain")
