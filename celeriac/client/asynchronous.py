@@ -98,7 +98,9 @@ class AsyncClient:
         while True:
             try:
                 return await self._ask("POST", "/v1/jobs", JobSnapshot.of, json=body, headers=headers)
-            except ApiUnreachable as exc:
+            except ClientError as exc:
+                if not exc.is_unreached:
+                    raise
                 await asyncio.sleep(patience.delay_after(exc))
 
     async def get(self, job_id: str, *, wait_seconds: int = 0, include: Sequence[str] = ()) -> JobSnapshot:

@@ -23,6 +23,11 @@ class ClientError(Exception):
         """Whether the same request may succeed in a moment."""
         return False
 
+    @property
+    def is_unreached(self) -> bool:
+        """Whether no API has said anything."""
+        return False
+
 
 class ApiUnreachable(ClientError):
     """Nothing answers at the URL, or the connection broke."""
@@ -35,12 +40,17 @@ class ApiUnreachable(ClientError):
     def is_passing(self) -> bool:
         return self.was_there
 
+    @property
+    def is_unreached(self) -> bool:
+        return True
+
 
 class ApiError(ClientError):
     """The API answered with an error; the message is the API's own, with the field at fault and the code."""
 
     def __init__(self, status_code: int, body: Any, *, retry_after_seconds: float | None = None) -> None:
         error = body.get("error") if isinstance(body, dict) else None
+        self._is_ours = isinstance(error, dict)
         error = error if isinstance(error, dict) else {"message": _not_ours(status_code)}
         self.status_code = status_code
         self.code = str(error.get("code") or status_code)
@@ -52,6 +62,11 @@ class ApiError(ClientError):
     @property
     def is_passing(self) -> bool:
         return self.status_code in (429, 500, 502, 503, 504)
+
+    @property
+    def is_unreached(self) -> bool:
+        """Whether a proxy says that it found no API behind it, as while the only one restarts."""
+        return self.status_code in (502, 503, 504) and not self._is_ours
 
 
 class UnexpectedAnswer(ApiUnreachable):

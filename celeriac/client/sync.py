@@ -108,7 +108,9 @@ class Client:
         while True:
             try:
                 return self._ask("POST", "/v1/jobs", JobSnapshot.of, json=body, headers=headers)
-            except ApiUnreachable as exc:
+            except ClientError as exc:
+                if not exc.is_unreached:
+                    raise
                 time.sleep(patience.delay_after(exc))
 
     def get(self, job_id: str, *, wait_seconds: int = 0, include: Sequence[str] = ()) -> JobSnapshot:

@@ -54,8 +54,10 @@ def documented(language: str, part: str) -> str:
 
 
 def nginx_config(folder: Path, port: int, api_ports: Sequence[int]) -> str:
-    servers = "".join(f"    server 127.0.0.1:{one};\n" for one in api_ports)
-    upstream = re.sub(r"( +server .*\n)+", servers, documented("nginx", "upstream celeriac"), count=1)
+    block = documented("nginx", "upstream celeriac")
+    line = next(line for line in block.splitlines(keepends=True) if " server " in line)
+    servers = "".join(line.replace("10.0.0.1:8000", f"127.0.0.1:{one}") for one in api_ports)
+    upstream = re.sub(r"( +server .*\n)+", servers, block, count=1)
     location = documented("nginx", "location /celeriac/").replace("http://127.0.0.1:8000", "http://celeriac")
     return NGINX.format(folder=folder, port=port, upstream=upstream, location=location)
 

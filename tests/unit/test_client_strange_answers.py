@@ -133,7 +133,7 @@ def test_a_list_of_another_server_is_not_taken_for_ours(call: str, body: dict[st
     [(502, PAGE, {}), (404, b"", {}), (500, b'{"error": "no"}', {}), (429, b"[1]", {"retry-after": "nan"})],
 )
 def test_a_refusal_in_another_way_names_the_status(status: int, body: bytes, headers: dict[str, str]) -> None:
-    with serving(answer(status, HTML, body, **headers)) as url, Client(url) as client:
+    with serving(answer(status, HTML, body, **headers)) as url, Client(url, patience_seconds=0) as client:
         with pytest.raises(ApiError, match=f"{status}.*check the URL") as caught:
             client.submit("Once")
         assert caught.value.retry_after_seconds is None
@@ -180,6 +180,15 @@ def test_a_page_in_the_midst_of_a_wait_is_waited_out() -> None:
     running = answer(200, JSON, JOB | {"status": "in_progress"})
     with serving(running, answer(200, HTML, PAGE), answer(200, JSON, JOB)) as url, Client(url) as client:
         assert client.wait("job_1").has_ended
+
+
+def test_a_proxy_that_finds_no_api_for_a_moment_loses_no_job() -> None:
+    with serving(answer(502, HTML, PAGE), answer(202, JSON, JOB)) as url, Client(url) as client:
+        assert client.submit("Once").id == "job_1"
+    full = answer(503, JSON, {"error": {"code": "queue_full", "message": "try later"}})
+    left_to_the_caller = pytest.raises(ApiError, match="queue_full")
+    with serving(full, answer(202, JSON, JOB)) as url, Client(url) as client, left_to_the_caller:
+        client.submit("Once")
 
 
 def test_answers_that_are_cut_off_are_written_once(tmp_path: Path) -> None:
