@@ -52,6 +52,8 @@ def answer_headers(started: float) -> dict[str, str]:
 
 UNSERVED_POLL_SECONDS = 1.0
 
+PATIENCE_SECONDS = 10.0  # beyond a start timeout, so that maintenance ends with 504 what has not started by then
+
 UNSERVED_RETRY_SECONDS = 10.0  # when a model is served again, nobody knows, unless it is being loaded
 
 Accept = Callable[[NewJob], Awaitable[Accepted]]
@@ -90,7 +92,7 @@ class Run:
     num_prompt_tokens: int
     has_keep_alive: bool = True  # while the client waits for a complete answer
     on_disconnect: Literal["cancel", "continue"] = "cancel"
-    is_patient: bool = False  # the client has said how long it waits for the start, so it waits for a worker, too
+    patient_until: float | None = None  # monotonic: the client has said so long it waits for the start, so for a worker
     is_replayed: bool = False  # found by its idempotency key
     is_retry_attached: bool = False  # matched to a retry without a key
     cache: CacheOutcome | None = None
@@ -127,18 +129,8 @@ class Run:
         log.info("cancelled a job whose client disconnected", extra={"job_id": external_id(self.job_id)})
 
     async def wait_until_unserved(self) -> NoWorkers:
-        """Returns once the job is queued and its model has had no live worker for CELERIAC_NO_WORKERS_SECONDS, or is
-        unloaded. The result is the error with which a new request would be refused."""
-        model = parse_model_name(self.model_name).id
-        while True:
-            await asyncio.sleep(UNSERVED_POLL_SECONDS)
-            try:
-                _refuse_unserved(self.services, model, is_patient=self.is_patient)
-            except NoWorkers as refusal:
-                with suppress(StorageUnavailable, JobNotFound):
-                    if (await self.read()).job.status is JobStatus.QUEUED:
-                        labelled(requests_unserved_total, model).inc()
-                        return refusal
+        """As `first_unserved`, for this job."""
+        return await first_unserved([self])
 
     async def read_token_ids(self) -> dict[int, list[int]]:
         """The output tokens of each sequence, from the job's chunks."""
@@ -177,59 +169,88 @@ async def start_all(request: Request, generations: Sequence[JobRequest], asked: 
     job_headers = read_job_headers(request.headers)
     services.slots.refuse_if_full()
     all_options = [_options(asked, job_headers, number) for number in range(len(generations))]
-    is_patient = all_options[0].start_timeout_seconds is not None
+    start_seconds = all_options[0].start_timeout_seconds
     job_ids = await _find_retried(services, tenant_id, generations, all_options[0], job_headers)
     if job_ids:
         found = [await _found(services, tenant_id, job_id, started) for job_id in job_ids]
         runs = [replace(run, is_retry_attached=True) for run in found]
     else:
         if not asked.is_stored:
-            _refuse_at_the_door(services, generations[0].model_id, is_patient=is_patient)
+            _refuse_at_the_door(services, generations[0].model_id, is_patient=start_seconds is not None)
         runs = await _submit_all(services, tenant_id, generations, all_options, asked, started)
     job_id_context.set(external_id(runs[0].job_id))
     on_disconnect = job_headers.on_disconnect or ("continue" if asked.is_stored else "cancel")
-    if on_disconnect == "cancel" and job_headers.has_keep_alive and not is_patient:
+    if on_disconnect == "cancel" and job_headers.has_keep_alive and start_seconds is None:
         return runs  # as they are made
-    how = {"on_disconnect": on_disconnect, "has_keep_alive": job_headers.has_keep_alive, "is_patient": is_patient}
-    return [replace(run, **how) for run in runs]  # type: ignore[arg-type]
+    patient_until = None if start_seconds is None else started + start_seconds + PATIENCE_SECONDS
+    return [
+        replace(
+            run,
+            on_disconnect=on_disconnect,
+            has_keep_alive=job_headers.has_keep_alive,
+            patient_until=patient_until,
+        )
+        for run in runs
+    ]
 
 
 async def first_unserved(runs: Sequence[Run]) -> NoWorkers:
-    """The result of the first `Run.wait_until_unserved` to return."""
-    waiting = [asyncio.create_task(run.wait_until_unserved()) for run in runs]
-    try:
-        done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-        return done.pop().result()
-    finally:
-        for task in waiting:
-            task.cancel()
+    """Returns once one of the jobs of a request is queued and their model has had no live worker for
+    CELERIAC_NO_WORKERS_SECONDS, or is unloaded. The result is the error with which a new request would be refused."""
+    services, until = runs[0].services, runs[0].patient_until
+    model = parse_model_name(runs[0].model_name).id
+    while True:
+        await asyncio.sleep(UNSERVED_POLL_SECONDS)
+        is_patient = until is not None and time.monotonic() < until
+        unloaded = _unloaded(services, model)
+        refusal = unloaded if unloaded is not None or is_patient else _without_worker(services, model)
+        if refusal is not None and await _is_any_queued(runs):
+            if unloaded is None:
+                labelled(requests_unserved_total, model).inc()
+            return refusal
+
+
+async def _is_any_queued(runs: Sequence[Run]) -> bool:
+    for run in runs:
+        with suppress(StorageUnavailable, JobNotFound):
+            if (await run.read()).job.status is JobStatus.QUEUED:
+                return True
+    return False
 
 
 def _refuse_at_the_door(services: Services, model: str, *, is_patient: bool) -> None:
-    """As `_refuse_unserved`. Such requests are counted, as they leave no job that could call for a worker."""
-    try:
-        _refuse_unserved(services, model, is_patient=is_patient)
-    except NoWorkers:
+    """Raises NoWorkers if the model is unloaded or, unless the client is patient, has had no worker for too long. What
+    a worker would serve is counted, as it leaves no job that could call for one."""
+    unloaded = _unloaded(services, model)
+    if unloaded is not None:
+        raise unloaded
+    refusal = None if is_patient else _without_worker(services, model)
+    if refusal is not None:
         labelled(requests_unserved_total, model).inc()
-        raise
+        raise refusal
 
 
-def _refuse_unserved(services: Services, model: str, *, is_patient: bool) -> None:
-    """Raises NoWorkers if the model is unloaded or, unless the client is patient, has had no worker for too long."""
+def _unloaded(services: Services, model: str) -> NoWorkers | None:
     queue = services.monitor.queues.get(model)
-    if queue is not None and not queue.is_loaded:
-        raise NoWorkers(
-            f"{model[:128]} was unloaded by an admin; have it loaded, or submit a job to /v1/jobs, which can wait",
-            retry_after_seconds=UNSERVED_RETRY_SECONDS,
-        )
+    if queue is None or queue.is_loaded:
+        return None
+    return NoWorkers(
+        f"{model[:128]} was unloaded by an admin; have it loaded, or submit a job to /v1/jobs, which can wait",
+        retry_after_seconds=UNSERVED_RETRY_SECONDS,
+    )
+
+
+def _without_worker(services: Services, model: str) -> NoWorkers | None:
     seconds = services.monitor.unserved_seconds(model)
-    if seconds > services.settings.no_workers_seconds and not is_patient:
-        ready_in = None if queue is None else queue.ready_in_seconds
-        raise NoWorkers(
-            f"no worker has served {model[:128]} for {seconds:.0f} s; retry, wait for one with the header "
-            "X-Start-Timeout: 10m, or submit it to /v1/jobs",
-            retry_after_seconds=UNSERVED_RETRY_SECONDS if ready_in is None else ready_in,
-        )
+    if seconds <= services.settings.no_workers_seconds:
+        return None
+    queue = services.monitor.queues.get(model)
+    ready_in = None if queue is None else queue.ready_in_seconds
+    return NoWorkers(
+        f"no worker has served {model[:128]} for {seconds:.0f} s; retry, wait for one with the header "
+        "X-Start-Timeout: 10m, or submit it to /v1/jobs",
+        retry_after_seconds=UNSERVED_RETRY_SECONDS if ready_in is None else ready_in,
+    )
 
 
 def _options(asked: Asked, job_headers: JobHeaders, number: int) -> JobOptions:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import httpx
@@ -11,7 +12,7 @@ import pytest
 
 from domain.jobs import JobError, JobStatus, external_id
 from settings import Settings
-from storage import job_queries
+from storage import job_queries, jobs
 from storage.tables import DEFAULT_TENANT_ID
 from tests.conformance.harness import MESSAGES
 from tests.integration.api_harness import ApiServer, HandWorker
@@ -189,6 +190,44 @@ class TestTheLastWorkerWentAway:
         assert answer.status_code == 200, answer.text
         assert "late" in answer.text
         assert answer.headers["x-queue-waiting-for"] == "worker"
+
+    def test_patience_ends_with_the_start_timeout_even_for_a_job_that_has_started(
+        self, http: httpx.Client, hand_worker: HandWorker, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Once it has started, nothing but the call itself ends what waits for a worker again."""
+        monkeypatch.setattr("api.openai.running.UNSERVED_POLL_SECONDS", 0.05)
+        monkeypatch.setattr("api.openai.running.PATIENCE_SECONDS", 0.0)
+
+        def lose() -> None:
+            def waiting() -> list[Any]:
+                with hand_worker.sessions() as session:
+                    return list(job_queries.list_jobs(session, DEFAULT_TENANT_ID))
+
+            job = hand_worker.claim(external_id(wait_until(waiting)[0].id))
+            hand_worker.say(job, "begun")
+            with hand_worker.sessions.begin() as session:
+                later = datetime.now(UTC) + timedelta(hours=1)
+                [lost] = jobs.rescue(session, as_of=later, grace_seconds=0, quiet_seconds=0)
+            assert (lost.job_id, lost.status) == (job.id, JobStatus.QUEUED)
+
+        with ThreadPoolExecutor(1) as threads:
+            losing = threads.submit(lose)
+            answer = http.post("/v1/chat/completions", json=BODY, headers=TIMEOUT | {"x-start-timeout": "4s"})
+            losing.result()
+        assert answer.status_code == 503, answer.text
+        assert answer.json()["error"]["code"] == "no_workers"
+
+    def test_a_call_counts_once_however_many_jobs_it_has(self, http: httpx.Client) -> None:
+        before = refused_of("fake", http)
+        body = {"model": "fake", "prompt": ["Hi", "Ho"], "max_tokens": 9}
+        assert http.post("/v1/completions", json=body, headers=TIMEOUT).status_code == 503
+        assert refused_of("fake", http) == before + 1
+
+    def test_a_call_for_an_unloaded_model_calls_for_no_worker(self, http: httpx.Client) -> None:
+        before = refused_of("fake", http)
+        assert http.post("/v1/admin/models/fake/unload").status_code == 202
+        assert http.post("/v1/completions", json=ROUTES["/v1/completions"]).status_code == 503
+        assert refused_of("fake", http) == before
 
     def test_a_job_that_runs_is_left_to_its_worker(self, http: httpx.Client, hand_worker: HandWorker) -> None:
         def run() -> None:
