@@ -273,6 +273,21 @@ class TestKeys:
                     assert (page.locator(offer).count() > 0) is is_offered, (view, offer)
             page.get_by_role("button", name="Forget key").click()
 
+    def test_a_key_keeps_what_it_may_do_while_that_cannot_be_asked(
+        self, page: Any, api: ApiServer, make_key: Callable[..., str]
+    ) -> None:
+        page.get_by_label("API key").fill(make_key(scopes=["read"]))
+        page.get_by_role("button", name="Enter").click()
+        shows(page, "No job of yours is running")
+        page.route("**/v1/key", lambda route: route.fulfill(status=503, json={"error": {"message": "away"}}))
+        page.route("**/v1/jobs?*", lambda route: route.fulfill(status=401, json={"error": {"message": "who?"}}))
+        with page.expect_response("**/v1/key"):
+            page.goto(f"{api.url}/#/jobs")
+        page.unroute("**/v1/jobs?*")
+        page.goto(f"{api.url}/#/batches")
+        shows(page, "No batches yet")
+        assert page.get_by_role("heading", name="New batch").count() == 0
+
     def test_an_admin_has_a_user_erased(
         self, page: Any, api: ApiServer, session_factory: sessionmaker[Session], make_key: Callable[..., str]
     ) -> None:
@@ -283,9 +298,10 @@ class TestKeys:
         inset = page.locator(".inset")
         erase = inset.get_by_role("button", name="Erase", exact=True)
         assert erase.is_disabled()
-        field(inset, "Metadata name").fill("user")
-        field(inset, "Metadata value").fill("u-1")
+        field(inset, "Metadata name").press_sequentially("user ")
+        field(inset, "Metadata value").press_sequentially("John Smith")
         erase.click()
+        shows(inset, 'of the user with the metadata user="John Smith", with their texts?')
         inset.get_by_role("group").get_by_role("button", name="Erase", exact=True).click()
         row = inset.locator("tbody tr")
         shows(row, "erasing batches")
@@ -293,9 +309,10 @@ class TestKeys:
         assert not serious(page)
         with session_factory.begin() as session:
             [erasure] = session.scalars(select(Erasure))
+            assert (erasure.metadata_name, erasure.metadata_value) == ("user", "John Smith")
             erasures.put_off(session, erasure.id, error="the archive is full")
         shows(row, "the archive is full")
-        assert "u-1" not in row.inner_text()
+        assert "John" not in row.inner_text()
 
     def test_one_of_many_tenants_is_found(
         self, page: Any, api: ApiServer, session_factory: sessionmaker[Session], make_key: Callable[..., str]
@@ -367,6 +384,11 @@ class TestKeys:
         field(tenant, "queued jobs").fill("50")
         tenant.get_by_role("button", name="Save").click()
         shows(tenant, "50 queued jobs")
+        first = page.locator("li.letter:has(button:text-is('Rotate'))").first
+        first.get_by_role("button", name="Change").click()
+        field(first, "max priority").fill("3")
+        first.get_by_role("button", name="Save").click()
+        shows(first, "priority up to 3")
         field(page, "Tenant").select_option("acme")
         page.get_by_role("button", name="Create key").click()
         shows(page, "This is the only time that it is shown.")

@@ -21,23 +21,24 @@ const Limits = ({ limits }) => {
   return set.map((name) => html`<${Chip} key=${name}>${compact(limits[name])} ${inWords(name)}<//>`);
 };
 
-function LimitFields({ limits = {} }) {
+function LimitFields({ limits }) {
   return html`<div class="grid four">${LIMITS.map((name) => html`<${Field} key=${name} label=${inWords(name)}><input type="number" name=${name} min="1" step="1" defaultValue=${limits[name] ?? ""} placeholder="no limit" /><//>`)}</div>`;
 }
 
-// A button that opens a form for all limits of a tenant or a key.
-function ChangeLimits({ path, limits, reload }) {
+// A button that opens a form for all limits of a tenant or a key, and how far its jobs pass those of other tenants.
+function ChangeLimits({ path, of, reload }) {
   const [isOpen, open] = useState(false);
   const [act, error, isBusy] = useAction();
   const form = useRef(null);
   const onSubmit = (event) => {
     event.preventDefault();
-    act(() => post(path, { limits: limitsOf(form.current) })).then((done) => done && (open(false), reload()));
+    act(() => post(path, { limits: limitsOf(form.current), max_priority: Number(form.current.elements.max_priority.value) })).then((done) => done && (open(false), reload()));
   };
   if (!isOpen) return html`<button type="button" class="quiet" onClick=${() => open(true)}>Change</button>`;
   return html`
     <form class="inset" ref=${form} onSubmit=${onSubmit}>
-      <${LimitFields} limits=${limits} />
+      <${LimitFields} limits=${of.limits} />
+      <${Field} label="max priority" hint="0 to 10: how far its jobs pass those of other tenants"><input type="number" name="max_priority" min="0" max="10" step="1" required defaultValue=${of.max_priority} /><//>
       ${error && html`<${Problem} error=${error} />`}
       <div class="actions"><button class="primary" disabled=${isBusy}>Save</button><button type="button" class="quiet" onClick=${() => open(false)}>Close</button></div>
     </form>
@@ -60,7 +61,7 @@ function Tenant({ tenant, isAlone, reload }) {
           ${tenant.enabled ? html`<${Confirmed} label="Disable" question="Refuse all of its keys?" onConfirm=${() => turn(false)} />` : html`<button type="button" onClick=${() => turn(true)}>Enable</button>`}
         </span>
       </header>
-      <div class="limits"><span class="soft">Limits:</span> <${Limits} limits=${tenant.limits} /><${ChangeLimits} path=${path} limits=${tenant.limits} reload=${reload} /></div>
+      <div class="limits"><span class="soft">Limits:</span> <${Limits} limits=${tenant.limits} /><${ChangeLimits} path=${path} of=${tenant} reload=${reload} /></div>
       ${isErasing && html`<${Erasures} tenant=${tenant.name} />`}
       ${error && html`<${Problem} error=${error} />`}
     </li>
@@ -130,7 +131,7 @@ function Key({ apiKey, reload }) {
       <header>
         <span class="mono">${apiKey.id}</span><b>${apiKey.name || html`<span class="soft">unnamed</span>`}</b><span>${apiKey.tenant}</span>
         <${Status} of=${apiKey.status === "valid" ? "ok" : "expired"}>${apiKey.status}<//>
-        <span class="soft">${apiKey.scopes.join(", ")}</span>
+        <span class="soft">${apiKey.scopes.join(", ")}${apiKey.max_priority < 10 ? `, priority up to ${apiKey.max_priority}` : ""}</span>
         <span class="soft">${apiKey.expires_at ? `until ${moment(apiKey.expires_at)}` : ""}</span>
         <span class="actions end">
           ${apiKey.status === "disabled" ? html`<button type="button" onClick=${() => turn(true)}>Enable</button>` : html`<${Confirmed} label="Disable" question="Refuse it from now on?" onConfirm=${() => turn(false)} />`}
@@ -138,7 +139,7 @@ function Key({ apiKey, reload }) {
           <${Confirmed} label="Delete" question="Delete it for good?" onConfirm=${() => act(() => remove(path)).then(reload)} />
         </span>
       </header>
-      <div class="limits"><span class="soft">Limits:</span> <${Limits} limits=${apiKey.limits} /><${ChangeLimits} path=${path} limits=${apiKey.limits} reload=${reload} /></div>
+      <div class="limits"><span class="soft">Limits:</span> <${Limits} limits=${apiKey.limits} /><${ChangeLimits} path=${path} of=${apiKey} reload=${reload} /></div>
       ${error && html`<${Problem} error=${error} />`}
       ${secret && html`<${Shown} secret=${secret} />`}
     </li>

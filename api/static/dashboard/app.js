@@ -29,24 +29,23 @@ const VIEWS = [
 const AGAIN_SECONDS = 3;
 const OWN_SCOPES = ["submit", "read", "cancel"];
 
-// {isIn, isAway, isUnsure, isAdmin, error}: whether the API answers this page, with the key if it wants one. While the
+// {isIn, isAway, isUnsure, scopes, error}: whether the API answers this page, with the key if it wants one. While the
 // database does not answer, it cannot say what a key may do.
 async function recognise() {
   try {
-    setScopes((await get("v1/key")).scopes);
+    return { isIn: true, scopes: (await get("v1/key")).scopes };
   } catch (error) {
     if (error.status === 401) return { isIn: false, error: readKey() ? error : null };
     if (!error.status) return { isIn: false, isAway: true, error };
-    setScopes(OWN_SCOPES);
-    return { isIn: true, isUnsure: true, isAdmin: false };
+    return { isIn: true, isUnsure: true, scopes: OWN_SCOPES };
   }
-  return { isIn: true, isAdmin: may("admin") };
 }
 
 function useIdentity() {
   const [identity, setIdentity] = useState(null);
   useEffect(() => {
     let asking = null;
+    let taken = null;
     let timer = 0;
     const ask = async () => {
       clearTimeout(timer);
@@ -54,8 +53,13 @@ function useIdentity() {
       const found = await recognise();
       if (own !== asking) return;
       asking = null;
-      setIdentity((earlier) => (earlier?.isIn && (found.isAway || found.isUnsure) ? earlier : found));
-      if (found.isAway || found.isUnsure) timer = setTimeout(askIfSeen, AGAIN_SECONDS * 1000);
+      const isSure = !found.isAway && !found.isUnsure;
+      if (isSure || !taken?.isIn) {
+        taken = found;
+        setScopes(found.scopes ?? []);
+        setIdentity({ ...found, isAdmin: may("admin") });
+      }
+      if (!isSure) timer = setTimeout(askIfSeen, AGAIN_SECONDS * 1000);
     };
     const askIfSeen = () => (document.hidden ? (timer = setTimeout(askIfSeen, AGAIN_SECONDS * 1000)) : ask());
     ask();

@@ -32,16 +32,22 @@ const Row = ({ erasure }) => html`
   </tr>
 `;
 
-// What is asked for, or null while it is not whole.
-const bodyOf = ({ name, value, keyId }) => (keyId ? { key_id: keyId } : name && value ? { metadata: { [name]: value } } : null);
+// What is asked for, or null while it is not whole. A value is what was typed: it may begin or end with a space.
+function bodyOf({ by, name, value, keyId }) {
+  const [whole, id] = [name.trim(), keyId.trim()];
+  if (by === "key") return id ? { key_id: id } : null;
+  return whole && value ? { metadata: { [whole]: value } } : null;
+}
+
+const named = ({ key_id, metadata }) => (key_id ? `the key ${key_id}` : `the user with the metadata ${Object.entries(metadata).map(([name, value]) => `${name}=${JSON.stringify(value)}`)}`);
 
 function Ask({ path, reload }) {
   const [asked, setAsked] = useState({ by: "metadata", name: "", value: "", keyId: "" });
   const [act, error] = useAction();
   const form = useRef(null);
-  const put = (field) => ({ target }) => setAsked((earlier) => ({ ...earlier, [field]: target.value.trim() }));
+  const put = (field) => ({ target }) => setAsked((earlier) => ({ ...earlier, [field]: target.value }));
   const isByKey = asked.by === "key";
-  const body = bodyOf(isByKey ? { keyId: asked.keyId } : { name: asked.name, value: asked.value });
+  const body = bodyOf(asked);
   const erase = () => act(() => post(path, body)).then((made) => made && (setAsked({ ...asked, name: "", value: "", keyId: "" }), reload()));
   return html`
     <form ref=${form} onSubmit=${(event) => event.preventDefault()}>
@@ -53,7 +59,7 @@ function Ask({ path, reload }) {
             <${Field} label="Metadata name"><input value=${asked.name} onInput=${put("name")} maxlength="64" autocomplete="off" spellcheck="false" placeholder="user" /><//>
             <${Field} label="Metadata value"><input value=${asked.value} onInput=${put("value")} maxlength="512" autocomplete="off" spellcheck="false" placeholder="u-4711" /><//>`}
       </div>
-      <div class="actions"><${Confirmed} label="Erase" question="Erase all jobs, batches and conversations of this user, with their texts? This cannot be undone." disabled=${!body} onConfirm=${erase} /></div>
+      <div class="actions"><${Confirmed} label="Erase" question=${`Erase all jobs, batches and conversations of ${body ? named(body) : "…"}, with their texts? This cannot be undone.`} disabled=${!body} onConfirm=${erase} /></div>
       ${error && html`<${Problem} error=${error} />`}
     </form>
   `;

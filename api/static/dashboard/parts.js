@@ -160,7 +160,7 @@ export function Confirmed({ label, question, onConfirm, disabled }) {
   };
   if (!isAsking) return html`<button type="button" disabled=${disabled} onClick=${() => ask(true)}>${label}</button>`;
   return html`<span class="asked" role="group" aria-label=${question}><span>${question}</span>
-    <button type="button" class="danger" disabled=${isBusy} onClick=${confirm}>${label}</button>
+    <button type="button" class="danger" disabled=${isBusy || disabled} onClick=${confirm}>${label}</button>
     <button type="button" class="quiet" disabled=${isBusy} onClick=${() => ask(false)}>Keep</button></span>`;
 }
 
