@@ -52,10 +52,11 @@ class MainCommands(Commands):
         except KeyboardInterrupt:
             ctx.exit(INTERRUPTED)
         except Exception as exc:
+            from celeriac.consoles import VISIBLE
             from celeriac.terminal import explain
 
             if message := explain(exc):
-                raise click.ClickException(message) from exc
+                raise click.ClickException(message.translate(VISIBLE)) from exc
             raise
 
 

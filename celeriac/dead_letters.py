@@ -48,6 +48,7 @@ def list_dead_letters(limit: int, after: str | None, url: str | None, key: str |
 @json_option
 def show_dead_letter(job_id: str, url: str | None, key: str | None, as_json: bool) -> None:
     """Show why JOB_ID failed, and each of its attempts. Its prompt and output are shown only with --json."""
+    from celeriac.consoles import visible
     from celeriac.tables import attempts_table, show
 
     with open_client(url, key) as client:
@@ -55,7 +56,7 @@ def show_dead_letter(job_id: str, url: str | None, key: str | None, as_json: boo
     if as_json:
         print_json(job.raw)
         return
-    click.echo("\n".join(_described(job)))
+    click.echo(visible("\n".join(_described(job))))
     show(attempts_table(job.raw["attempts"]))
 
 

@@ -75,13 +75,14 @@ def _print_looks(client: "Client", interval: float, *, once: bool) -> None:
 
 def _show_looks(client: "Client", interval: float, *, once: bool) -> None:
     """On a terminal in its place; elsewhere one after the other. An API that goes away is waited for."""
-    from rich.console import Console
     from rich.live import Live
+    from rich.markup import escape
 
     from celeriac.client import ClientError
+    from celeriac.consoles import VisibleConsole
     from celeriac.tables import PIPE_WIDTH
 
-    console = Console(highlight=False)
+    console = VisibleConsole(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     if once or not console.is_terminal:
@@ -96,7 +97,7 @@ def _show_looks(client: "Client", interval: float, *, once: bool) -> None:
             try:
                 live.update(_drawn(look(client)), refresh=True)
             except ClientError as exc:
-                live.update(str(exc), refresh=True)
+                live.update(escape(str(exc)), refresh=True)
 
 
 def look(client: "Client") -> dict[str, Any]:

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
 from celeriac.client import JobSnapshot
+from celeriac.consoles import VisibleConsole
 
 if TYPE_CHECKING:
     from celeriac.store.store import Manifest
@@ -31,7 +31,7 @@ STYLE_BY_STATUS = {
 
 def show(table: Table) -> None:
     """Print a table. In a pipe no cell is cut, since the next program needs whole values."""
-    console = Console(highlight=False)
+    console = VisibleConsole(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
     console.print(table)

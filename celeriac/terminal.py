@@ -25,6 +25,7 @@ from rich.progress import (
 )
 
 from celeriac.client import ApiError, BatchSnapshot, Client, ClientError, StreamEvent
+from celeriac.consoles import VISIBLE, VisibleConsole
 from celeriac.options import print_json
 from celeriac.tables import with_percent
 
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 UNAUTHORIZED = 401
 REPORT_SECONDS = 0.5  # between two reports on one step of a pull
-
-#: What a terminal would obey instead of showing it, such as the beginning of a colour, as a character to be seen.
-VISIBLE = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
 
 
 class _Shown:
@@ -301,7 +299,7 @@ def follow(client: Client, job_id: str, *, is_live: bool, starting_after: str | 
 
 def plain_console(*, stderr: bool = False) -> Console:
     """A console that prints text as it is, without wrapping, highlighting or emoji codes."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
+    return VisibleConsole(stderr=stderr, highlight=False, soft_wrap=True, emoji=False)
 
 
 def own_command() -> str:

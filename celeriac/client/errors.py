@@ -110,8 +110,11 @@ def body_of(response: httpx.Response) -> Mapping[str, Any]:
 
 def refuse_redirect(response: httpx.Response) -> None:
     """They are not followed: the key would go to whoever the other server is. Raises Unreadable."""
-    if response.is_redirect:
-        raise Unreadable(f"redirects to {response.headers['location'][:200]}, which may be the URL to name instead")
+    if not response.is_redirect:
+        return
+    if target := response.headers.get("location"):
+        raise Unreadable(f"redirects to {target[:200]}, which may be the URL to name instead")
+    raise Unreadable(f"answers {response.status_code}, a redirect that does not say where to")
 
 
 def refuse_other_than_events(response: httpx.Response) -> None:

@@ -74,6 +74,7 @@ STRANGE: dict[str, tuple[Answer, str]] = {
     "null": (answer(200, JSON, None), "no JSON object"),
     "too deep": (answer(200, JSON, b"[" * 100_000 + b"]" * 100_000), "instead of JSON|no JSON object"),
     "a redirect": (answer(308, HTML, b"", location="https://example.org/"), "redirects to https://example.org/"),
+    "a redirect to nowhere": (answer(302, HTML, PAGE), "302, a redirect that does not say where to"),
 }
 
 
