@@ -27,6 +27,7 @@ from sqlalchemy.orm import Session
 
 from domain.jobs import FinishReason, JobStatus, Lane
 from domain.requests import RESULT, JobOutput
+from storage.answers import forget
 from storage.job_accept import Accepted, AcceptOutcome, NewJob, document_of, row_of
 from storage.job_queries import JobRecord
 from storage.job_statements import CLOCK, FRESH, HAS_ROOM, NEW, NEW_COLUMNS, NEW_VALUES, PAYLOAD, Packed, room
@@ -48,9 +49,6 @@ JOIN jobs l ON l.id = a.job_id AND l.tenant_id = q.tenant_id AND l.status = 'com
     AND l.cancel_requested_at IS NULL
 JOIN job_results r ON r.job_id = l.id
 """).columns(result=JSON)
-
-# Of leaders whose result cannot be read: whoever asks next leads.
-FORGET = text("DELETE FROM answers WHERE job_id = ANY(CAST(:leader_ids AS uuid[]))")
 
 # A leader that has been deleted since it was found answers nobody.
 ACCEPT_ANSWERED = text(f"""
@@ -129,7 +127,7 @@ def _find(
             unreadable.append(row.leader_id)
     if unreadable:
         log.warning("answers that cannot be read are forgotten", extra={"num_jobs": len(unreadable)})
-        session.execute(FORGET, {"leader_ids": unreadable})
+        forget(session, unreadable)
     return found
 
 

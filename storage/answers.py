@@ -15,11 +15,13 @@ All functions are synchronous on a `Session` and do not commit. docs/adr/0057 sa
 
 # ruff: noqa: S608  (only constants of the storage modules are inserted into the text; values are bound)
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from uuid import UUID
 
 import orjson
-from sqlalchemy import ARRAY, Row, Uuid, any_, bindparam, case, func, select, text
+from pydantic import ValidationError
+from sqlalchemy import ARRAY, JSON, Row, Uuid, any_, bindparam, case, func, select, text, type_coerce
 from sqlalchemy.orm import Session
 
 from domain.requests import RESULT, JobOutput
@@ -108,14 +110,11 @@ pair AS MATERIALIZED (  -- the count locks all of them before tenant_load
 {COMPLETED}
 """)
 
-# The output of each leader once, as many of the jobs may have the same one.
+_IS_FIRST = func.row_number().over(partition_by=Job.answered_by, order_by=Job.id) == 1
+
+# The output of each leader once, as many of the jobs may have the same one. It may be one that cannot be read.
 COMPLETE = (
-    select(
-        Job,
-        case((func.row_number().over(partition_by=Job.answered_by, order_by=Job.id) == 1, JobResult.result)).label(
-            "result"
-        ),
-    )
+    select(Job, case((_IS_FIRST, type_coerce(JobResult.result, JSON))).label("result"))
     .join(JobResult, JobResult.job_id == Job.id)
     .where(Job.id == any_(bindparam("ids", type_=ARRAY(Uuid))))
 )
@@ -129,6 +128,9 @@ WITH pair AS MATERIALIZED (
 ),
 {COMPLETED}
 """)
+
+# Of leaders whose result cannot be read: whoever asks next leads.
+FORGET = text("DELETE FROM answers WHERE job_id = ANY(CAST(:leader_ids AS uuid[]))")
 
 # Forgets followers that have ended or go on by themselves. As when a job is deleted, its row is locked before the one
 # in job_followers.
@@ -147,10 +149,21 @@ WHERE j.id = alone.id AND {NEVER_CLAIMED} AND j.available_at > {CLOCK}
 """)
 
 
+class UnreadableAnswers(Exception):
+    """What was done with them is to be undone, and they are to be forgotten."""
+
+    def __init__(self, leader_ids: Sequence[UUID]) -> None:
+        super().__init__(f"the results of {len(leader_ids)} jobs cannot be read")
+        self.leader_ids = leader_ids
+
+
+def forget(session: Session, leader_ids: Sequence[UUID]) -> None:
+    session.execute(FORGET, {"leader_ids": leader_ids})
+
+
 def answer(session: Session, new_jobs: Sequence[NewJob], *, max_age_seconds: float) -> dict[UUID, JobRecord]:
     """Complete those of these accepted jobs whose answers are known, and have the others lead or follow. Each must have
-    an `answer_key`. Returns those that were completed, by their ids. Raises ValidationError if an answer cannot be
-    read."""
+    an `answer_key`. Returns those that were completed, by their ids. Raises UnreadableAnswers."""
     parameters = {
         "ids": [job.id for job in new_jobs],
         "tenant_ids": [job.tenant_id for job in new_jobs],
@@ -161,12 +174,21 @@ def answer(session: Session, new_jobs: Sequence[NewJob], *, max_age_seconds: flo
     if not completed:
         return {}
     rows = session.execute(COMPLETE, {"ids": [one.job_id for one in completed]}).all()
-    result_by_leader = {job.answered_by: result for job, result in rows if result is not None}
-    for job, _ in rows:
-        if job.answered_by not in result_by_leader:
-            RESULT.validate_python(None)  # raises what any other result raises that cannot be read
+    result_by_leader = _read_results({job.answered_by: result for job, result in rows if result is not None})
+    unreadable = {job.answered_by for job, _ in rows} - result_by_leader.keys()
+    if unreadable:
+        raise UnreadableAnswers(sorted(unreadable))
     new_job_by_id = {job.id: job for job in new_jobs}
     return {job.id: _record(job, result_by_leader[job.answered_by], new_job_by_id[job.id]) for job, _ in rows}
+
+
+def _read_results(raw_by_leader: Mapping[UUID, object]) -> dict[UUID, JobOutput]:
+    """Those that can be read."""
+    results: dict[UUID, JobOutput] = {}
+    for leader_id, raw in raw_by_leader.items():
+        with suppress(ValidationError):
+            results[leader_id] = RESULT.validate_python(raw)
+    return results
 
 
 def _record(job: Job, result: JobOutput, new_job: NewJob) -> JobRecord:

@@ -177,13 +177,28 @@ class GroupAcceptor:
     async def _accept(self, new_jobs: list[NewJob]) -> list[Accepted]:
         started = time.perf_counter()
         try:
-            outcomes = await self._transact(new_jobs, self._accept_and_answer)
+            outcomes = await self._answer_what_can_be_read(new_jobs)
         except _NotAnswered as exc:
             log.warning("jobs run although their answers may be known", extra={"reason": describe_exception(exc.cause)})
             outcomes = await self._transact(new_jobs, self._accept_in)
         jobs_accept_seconds.observe(time.perf_counter() - started)
         jobs_accept_group_size.observe(len(new_jobs))
         return [_as_first_time(job.id, outcome) for job, outcome in zip(new_jobs, outcomes, strict=True)]
+
+    async def _answer_what_can_be_read(self, new_jobs: list[NewJob]) -> list[Accepted]:
+        """Answers that cannot be read are forgotten, and the group, all of which they have undone, is accepted anew."""
+        try:
+            return await self._transact(new_jobs, self._accept_and_answer)
+        except answers.UnreadableAnswers as exc:
+            log.warning("answers that cannot be read are forgotten", extra={"num_jobs": len(exc.leader_ids)})
+            with _told_apart():
+                async with self._sessions() as session:
+                    await session.run_sync(answers.forget, exc.leader_ids)
+                    await session.commit()
+        try:
+            return await self._transact(new_jobs, self._accept_and_answer)
+        except answers.UnreadableAnswers as exc:  # others, of this moment
+            raise _NotAnswered(exc) from exc
 
     async def _transact(
         self, new_jobs: list[NewJob], function: Callable[[Session, Sequence[NewJob]], list[Accepted]]
@@ -199,7 +214,8 @@ class GroupAcceptor:
         return job_accept.accept(session, new_jobs, answer=job_accept.nobody, **self._bounds)
 
     def _accept_and_answer(self, session: Session, new_jobs: Sequence[NewJob]) -> list[Accepted]:
-        """Insert the jobs, those whose answers are known as completed. Raises _NotAnswered if that fails."""
+        """Insert the jobs, those whose answers are known as completed. Raises _NotAnswered if that fails, or
+        UnreadableAnswers."""
         accepted = job_accept.accept(session, new_jobs, answer=self._answer_first, **self._bounds)
         keyed = [
             job
@@ -220,7 +236,7 @@ class GroupAcceptor:
 class _NotAnswered(Exception):
     """Known answers could not be given, so the group is accepted again, to be run."""
 
-    def __init__(self, cause: DBAPIError | ValidationError) -> None:
+    def __init__(self, cause: DBAPIError | ValidationError | answers.UnreadableAnswers) -> None:
         super().__init__()
         self.cause = cause
 

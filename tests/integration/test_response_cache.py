@@ -316,6 +316,33 @@ def test_an_answer_that_cannot_be_read_is_a_miss(
     assert ask(client).json()["output"]["text"] == "Hello again", "whoever asks next has a new answer"
 
 
+def test_an_answer_that_cannot_be_read_takes_nobody_elses(
+    api: ApiServer,
+    clients: tuple[httpx.Client, httpx.Client],
+    hand_worker: HandWorker,
+    session_factory: Sessions,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In one group, of another tenant."""
+    poisoned = clients[0]
+    firsts = [ask(client).json()["id"] for client in clients]
+    for first in firsts:
+        run(hand_worker, first, "Hello")
+    with session_factory.begin() as session:
+        statement = text("UPDATE job_results SET result = 'null' WHERE job_id = :job_id")
+        session.execute(statement, {"job_id": parse_id(firsts[0])})
+    acceptor = api.services.submitter._acceptor
+    take_group, keyed = acceptor._take_group, {"idempotency-key": "k"}
+    monkeypatch.setattr(acceptor, "_take_group", lambda: take_group() if len(acceptor._waiting) >= 2 else [])
+    with ThreadPoolExecutor(2) as threads:
+        asking = [threads.submit(client.post, "/v1/jobs", json=JOB, headers=keyed) for client in clients]
+        answers_of_both = [one.result() for one in asking]
+    monkeypatch.undo()
+    assert [outcome_of(one)[1:] for one in answers_of_both] == [("miss", False), ("hit", True)]
+    run(hand_worker, answers_of_both[0].json()["id"], "Hello again")
+    assert outcome_of(poisoned.post("/v1/jobs", json=JOB, headers={"idempotency-key": "l"})) == (200, "hit", True)
+
+
 def test_any_answer_will_do_if_the_client_says_so(client: httpx.Client, hand_worker: HandWorker) -> None:
     params = {"max_tokens": 8, "temperature": 1}
     first = ask(client, params=params, use_cache=True)
