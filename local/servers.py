@@ -95,8 +95,9 @@ SUPERUSER = "postgres"  # the database role, not the system user
 
 OWNER = "celeriac"  # no superuser, so that row-level security holds for it (ADR 58)
 
-# It may see what all sessions wait for, which /health and doctor tell, and create roles, such as Grafana's.
-CREATE_OWNER = f"CREATE ROLE {OWNER} LOGIN CREATEROLE IN ROLE pg_monitor"
+# It may see what all sessions wait for, which /health and doctor tell, end one that others wait for, and create roles,
+# such as Grafana's.
+CREATE_OWNER = f"CREATE ROLE {OWNER} LOGIN CREATEROLE IN ROLE pg_monitor, pg_signal_backend"
 
 # What an older release made as the superuser. In one transaction, so it is all given away or nothing is.
 GIVE_TO_OWNER = f"""

@@ -187,6 +187,10 @@ def test_celeriacs_role_is_no_superuser_and_may_make_grafanas(stack: Stack, serv
         with psycopg.connect(server.url) as connection:
             assert connection.execute(GAP).fetchone() == (None,)
             assert connection.execute("SELECT pg_has_role('pg_monitor', 'USAGE')").fetchone() == (True,)
+            reader_url = server.url.replace("celeriac@", "celeriac_grafana@")
+            with psycopg.connect(reader_url) as other:  # as health and doctor advise where it holds a lock
+                ended = connection.execute("SELECT pg_terminate_backend(%s)", [other.info.backend_pid]).fetchone()
+                assert ended == (True,)
 
 
 def test_every_service_runs_by_its_own_command_and_health_check(stack: Stack) -> None:

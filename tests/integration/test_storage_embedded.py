@@ -50,6 +50,7 @@ def test_what_an_older_release_made_as_superuser_is_given_to_our_role(server_fol
             assert older.execute(GAP).fetchone() == ("postgres is a superuser",)
     with EmbeddedPostgres(server.folder) as again, psycopg.connect(again.url) as connection:
         assert connection.execute(GAP).fetchone() == (None,)
+        assert connection.execute("SELECT pg_has_role('pg_signal_backend', 'USAGE')").fetchone() == (True,)
         drops = [f"DROP TABLE {name} CASCADE" for (name,) in connection.execute(TABLES).fetchall()]
         functions = "SELECT oid::regprocedure FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
         drops += [f"DROP FUNCTION {name} CASCADE" for (name,) in connection.execute(functions).fetchall()]
