@@ -305,6 +305,8 @@ def test_every_service_of_ours_bounds_its_logs_and_its_memory() -> None:
         if service.get("restart") != "no":
             assert service["logging"]["options"]["max-size"], name
             assert service["mem_limit"], name
+            is_worker = name.endswith("worker") or name == "gpu-worker-1"
+            assert (service["mem_limit"] == "0") is is_worker, "only a user knows how large the models are"
 
 
 def copied_files(target: str) -> list[str]:
