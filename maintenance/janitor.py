@@ -383,8 +383,9 @@ class Janitor:
         self._close_at = began_at + CLOSE_EVERY_SECONDS
         with self._statements() as session:
             horizon = usage_hours.horizon(session)
-        if self._horizon is None or not self._horizon.is_passed(horizon):
-            self._horizon = self._horizon or horizon
+        if self._horizon is None or horizon.own_id < self._horizon.own_id:
+            self._horizon = horizon  # ids are less than before if this is another database, such as a restored one
+        if not self._horizon.is_passed(horizon):
             return 0
         complete_until, self._horizon = self._horizon.as_of - usage_hours.GRACE, horizon
         while monotonic() < began_at + CLOSE_SECONDS:
