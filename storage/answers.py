@@ -129,8 +129,12 @@ WITH pair AS MATERIALIZED (
 {COMPLETED}
 """)
 
-# Of leaders whose result cannot be read: whoever asks next leads.
-FORGET = text("DELETE FROM answers WHERE job_id = ANY(CAST(:leader_ids AS uuid[]))")
+# Of leaders whose result cannot be read: whoever asks next leads. Another accept that forgets them may have locked the
+# counters for which this one will wait, so what it has locked here is left to it.
+FORGET = text("""
+DELETE FROM answers WHERE ctid = ANY(ARRAY(
+    SELECT ctid FROM answers WHERE job_id = ANY(CAST(:leader_ids AS uuid[])) FOR UPDATE SKIP LOCKED))
+""")
 
 # Forgets followers that have ended or go on by themselves. As when a job is deleted, its row is locked before the one
 # in job_followers.

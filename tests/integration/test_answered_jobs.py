@@ -108,6 +108,20 @@ def test_hits_that_limits_count_lock_in_the_order_of_ends(session_factory: Sessi
             accept(session, again(is_limited=True))
 
 
+def test_an_answer_that_cannot_be_read_is_forgotten_without_waiting(session_factory: Sessions, leader: NewJob) -> None:
+    """Who holds it may wait for the counters that this accept has locked."""
+    with session_factory.begin() as session:
+        session.execute(text("UPDATE job_results SET result = '{}'"))
+    for is_held in (True, False):
+        with session_factory() as other, session_factory.begin() as session:
+            if is_held:
+                other.execute(text("SELECT FROM answers FOR UPDATE"))
+            session.execute(text("SET LOCAL lock_timeout = '1s'"))
+            [one] = accept(session, again())
+            assert one.record is None
+            assert session.scalar(text("SELECT count(*) FROM answers")) == is_held
+
+
 def test_only_what_need_not_wait_is_born_completed(session_factory: Sessions, leader: NewJob) -> None:
     keyed, unknown = again(idempotency_key="a"), replace(again(), answer_key=b"u" * 32)
     with session_factory.begin() as session:
