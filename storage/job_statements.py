@@ -115,7 +115,9 @@ LEAVES_QUEUE = """-1 AS queued, 0 AS running, 0 AS charge,
 STOPS = "-1 AS running, charge, charge AS unused_tokens, -excess_tokens AS excess_tokens"
 
 # Whether the sums in tenant_load are those of a moment ago (storage/running_sums.py). Otherwise whatever runs is read.
-ARE_KEPT = f"(SELECT count(*) > 0 FROM running_sums WHERE corrected_at > {CLOCK} - interval '5 seconds')"
+# A correction that is to come was made before the clock was set back, nobody knows how long ago.
+ARE_KEPT = f"""(SELECT count(*) > 0 FROM running_sums
+        WHERE corrected_at BETWEEN {CLOCK} - interval '5 seconds' AND {CLOCK} + interval '1 second')"""
 
 UNUSED = f"""
 unused AS (  -- what running jobs were charged and have not taken yet
