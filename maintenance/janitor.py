@@ -27,6 +27,7 @@ from storage import (
     conversations,
     files,
     jobs,
+    limits,
     maintenance,
     running_sums,
     usage,
@@ -174,6 +175,7 @@ class Janitor:
         self._prune_at = 0.0
         self._is_pruning = False  # whether in this tick it is time to prune
         self._check_at = 0.0
+        self._count_at = 0.0
         self._close_at = 0.0
         self._horizon: Horizon | None = None  # of a look before this one
         self._due: Due | None = None  # None if it could not be read: then every rule looks for itself
@@ -213,6 +215,7 @@ class Janitor:
             ("pruned files", self._prune_files),
             ("pruned conversations", self._prune_conversations),
             ("closed hours", self._close_hours),
+            ("counted queued tokens", self._count_queued_tokens),
             ("checked", self._check),
             ("cleared keys of Redis", self._clear_old_queue),
         ]
@@ -227,9 +230,13 @@ class Janitor:
         return 0
 
     def _correct_sums(self) -> int:
-        if self._due is not None and self._due.num_running >= running_sums.MANY_RUNNING:
+        if self._due is None or not self._due.has_many_running:
+            return 0
+        with self._sessions.begin() as session:
+            corrected = running_sums.correct(session)
+        if corrected is not None and corrected.num_skipped:
             with self._sessions.begin() as session:
-                running_sums.correct(session)
+                running_sums.correct_one(session)
         return 0
 
     def _rescue(self) -> int:
@@ -395,6 +402,16 @@ class Janitor:
         self._close_at = began_at  # the next tick continues
         return 0
 
+    def _count_queued_tokens(self) -> int:
+        began_at = monotonic()
+        if began_at < self._count_at:
+            return 0
+        with self._sessions.begin() as session:
+            has_all = limits.count_queued_tokens(session)
+        pause = CHECK_EVERY_SECONDS if has_all else 0.0
+        self._count_at = began_at + max(pause, (monotonic() - began_at) / CHECK_SHARE)
+        return 0
+
     def _check(self) -> int:
         """Count inconsistencies, which should never occur, for the metrics. Returns their sum."""
         began_at = monotonic()
@@ -404,6 +421,7 @@ class Janitor:
         with self._sessions.begin() as session:
             drift = maintenance.reconcile_load(session)
             maintenance.count_figure(session, "load_drift", drift)
+        with self._sessions.begin() as session:
             orphans = maintenance.count_orphans(session)
             maintenance.set_figures(session, "orphans", {"": orphans})
             unserved = maintenance.unserved_jobs(

@@ -136,25 +136,56 @@ def _change(session: Session, tenant_id: UUID, key_id: str, values: Mapping[str,
         session.execute(insert(LimitUse).values(tenant_id=tenant_id, key_id=key_id).on_conflict_do_nothing())
     session.execute(update(LimitSet).where(*own).values(**values))
     if key_id == OF_TENANT and values.get("queued_tokens") is not None:
-        count_queued_tokens(session, [tenant_id])
+        _count_queued_tokens_of(session, tenant_id)
     session.execute(delete(LimitSet).where(*own, *(getattr(LimitSet, name).is_(None) for name in LIMIT_NAMES)))
 
 
-_LOCK_LOADS = text("SELECT FROM tenant_load WHERE tenant_id = ANY(CAST(:ids AS uuid[])) ORDER BY tenant_id FOR UPDATE")
+# Whoever counts has the turn until its commit, or the same difference would be added twice.
+_TAKE_TURN = text("SELECT pg_advisory_xact_lock(hashtextextended('celeriac queued tokens', 0))")
+_TRY_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended('celeriac queued tokens', 0))")
 
-# The sum is read after the lock, so that a concurrent change of a job adds to it.
-_COUNT_QUEUED_TOKENS = text("""
-UPDATE tenant_load l SET num_queued_tokens = (
-    SELECT coalesce(sum(j.cost), 0) FROM jobs j WHERE j.tenant_id = l.tenant_id AND j.status = 'queued')
-WHERE l.tenant_id = ANY(CAST(:ids AS uuid[]))
-""")
+# Queues are summed up before anything is locked. Rows and counters of one snapshot are compared, and the difference is
+# added to whatever the counter is by now, so that a concurrent change of a job is not lost.
+_COUNT = """
+WITH off AS MATERIALIZED (
+    SELECT tenant_id, num_tokens FROM (
+        SELECT l.tenant_id, (SELECT coalesce(sum(j.cost), 0) FROM jobs j
+            WHERE j.tenant_id = l.tenant_id AND j.status = 'queued') - l.num_queued_tokens AS num_tokens
+        FROM tenant_load l WHERE {of}
+    ) d WHERE num_tokens <> 0
+),
+locked AS MATERIALIZED (
+    SELECT l.tenant_id, off.num_tokens FROM off JOIN tenant_load l USING (tenant_id) FOR NO KEY UPDATE OF l {waiting}
+),
+counted AS (
+    UPDATE tenant_load l SET num_queued_tokens = l.num_queued_tokens + locked.num_tokens
+    FROM locked WHERE l.tenant_id = locked.tenant_id RETURNING l.tenant_id
+)
+SELECT (SELECT count(*) FROM counted) AS num_counted, (SELECT count(*) FROM off) AS num_off
+"""
+_COUNT_ONE = text(_COUNT.format(of="l.tenant_id = :tenant_id", waiting=""))
+
+# Only tenants for which it is a limit, so that no others' jobs are read.
+_COUNT_LIMITED = text(
+    _COUNT.format(
+        of="l.tenant_id IN (SELECT tenant_id FROM limits WHERE key_id = '' AND queued_tokens IS NOT NULL)",
+        waiting="SKIP LOCKED",
+    )
+)
 
 
-def count_queued_tokens(session: Session, tenant_ids: Sequence[UUID]) -> None:
-    """Count anew what these tenants' queued jobs may take. Processes of the last release do not count it."""
-    if tenant_ids:
-        session.execute(_LOCK_LOADS, {"ids": list(tenant_ids)})
-        session.execute(_COUNT_QUEUED_TOKENS, {"ids": list(tenant_ids)})
+def count_queued_tokens(session: Session) -> bool:
+    """Count anew what the queued jobs of tenants may take that have a limit on it. Processes of the last release do not
+    count it. False if the counters of some are locked, or somebody else is counting."""
+    if not session.execute(_TRY_TURN).scalar_one():
+        return False
+    row = session.execute(_COUNT_LIMITED).one()
+    return bool(row.num_counted == row.num_off)
+
+
+def _count_queued_tokens_of(session: Session, tenant_id: UUID) -> None:
+    session.execute(_TAKE_TURN)
+    session.execute(_COUNT_ONE, {"tenant_id": tenant_id})
 
 
 def copy_limits(session: Session, tenant_id: UUID, key_id: str, *, to_key_id: str) -> None:

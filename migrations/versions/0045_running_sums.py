@@ -1,7 +1,7 @@
 """How many tokens the queued jobs of each tenant may take, and what its running ones have not taken yet.
 
-The former is counted here for tenants that have a limit on it. Maintenance counts it again, and the latter, as long as
-processes of the last release change jobs without it.
+Maintenance counts both as soon as it starts, and again as long as processes of the last release change jobs without
+them. Not here, where it would read long queues while nobody else may change these counters.
 """
 
 from alembic import op
@@ -20,9 +20,6 @@ CREATE TABLE IF NOT EXISTS running_sums (
     CONSTRAINT running_sums_pkey PRIMARY KEY (id),
     CONSTRAINT running_sums_id_check CHECK (id = 1)
 );
-UPDATE tenant_load l SET num_queued_tokens = (
-    SELECT coalesce(sum(j.cost), 0) FROM jobs j WHERE j.tenant_id = l.tenant_id AND j.status = 'queued')
-WHERE l.tenant_id IN (SELECT tenant_id FROM limits WHERE key_id = '' AND queued_tokens IS NOT NULL);
 """
 
 DOWNGRADE = """

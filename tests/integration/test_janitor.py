@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from time import monotonic
@@ -14,15 +15,17 @@ from sqlalchemy import event, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 from ulid import ULID
 
+from domain.access import Limits
 from domain.catalog import Catalog, ModelSpec
 from domain.jobs import JobStatus, Lane, external_id
 from local.servers import EmbeddedRedis
 from maintenance.janitor import Janitor
 from settings import Settings
-from storage import batches, job_queries, jobs, maintenance, running_sums, workers
+from storage import batches, job_queries, jobs, limits, maintenance, running_sums, usage_hours, workers
 from storage.files import BatchLine
+from storage.running_sums import Corrected
 from storage.stream_channels import channel_of
-from storage.tables import DEFAULT_TENANT_ID, Job, RunningSums, TenantLoad
+from storage.tables import DEFAULT_TENANT_ID, Job, RunningSums, Tenant, TenantLoad
 from storage.usage_hours import UsageClosing
 from storage.workers import WorkerReport
 from tasks.dispatch import count_waiting
@@ -321,16 +324,52 @@ def test_wrong_counters_are_found_and_put_right(
 def test_sums_of_what_runs_are_corrected_where_there_is_much(
     janitor: Janitor, make_job: MakeJob, session_factory: sessionmaker[Session]
 ) -> None:
+    for _ in range(running_sums.MANY_RUNNING - 1):
+        make_job(status=JobStatus.IN_PROGRESS, lease_expires_at=IN_AN_HOUR)
     with session_factory.begin() as session:
-        session.execute(update(TenantLoad).values(num_unused_tokens=7, num_running=running_sums.MANY_RUNNING - 1))
-    janitor.tick()
-    with session_factory.begin() as session:
-        assert session.get_one(TenantLoad, DEFAULT_TENANT_ID).num_unused_tokens == 7, "few are read by who needs them"
-        session.execute(update(TenantLoad).values(num_unused_tokens=10_000, num_running=running_sums.MANY_RUNNING))
+        right = session.get_one(TenantLoad, DEFAULT_TENANT_ID).num_unused_tokens
+        session.execute(update(TenantLoad).values(num_unused_tokens=10_000_000))
     janitor.tick()
     with session_factory() as session:
-        assert session.get_one(TenantLoad, DEFAULT_TENANT_ID).num_unused_tokens == 0
+        assert session.get(RunningSums, 1) is None, "few are read by who needs them"
+    make_job(status=JobStatus.IN_PROGRESS, lease_expires_at=IN_AN_HOUR, max_tokens=0, cost=0, num_prompt_tokens=0)
+    janitor.tick()
+    with session_factory() as session:
+        assert session.get_one(TenantLoad, DEFAULT_TENANT_ID).num_unused_tokens == right
         assert session.get_one(RunningSums, 1).num_corrected == 1
+
+
+def test_counters_of_one_tenant_that_are_locked_keep_no_others_from_being_corrected(
+    janitor: Janitor, make_tenant: MakeTenant, make_job: MakeJob, session_factory: sessionmaker[Session]
+) -> None:
+    """Nor do they keep their locks meanwhile. Sums of what runs, and tokens that wait."""
+    held, free = sorted((make_tenant().id, make_tenant().id), reverse=True)
+    for tenant_id in (held, free):
+        make_job(tenant_id=tenant_id)
+    num_tokens = make_job(tenant_id=free).cost * 2
+    wrong = update(TenantLoad).values(num_unused_tokens=7, num_queued_tokens=7)
+    with session_factory.begin() as session:
+        for tenant_id in (held, free):
+            limits.change_tenant_limits(session, session.get_one(Tenant, tenant_id), Limits(queued_tokens=50))
+        session.execute(wrong.where(TenantLoad.tenant_id.in_((held, free))))
+    with session_factory.begin() as stalled:
+        stalled.get_one(TenantLoad, held, with_for_update=True)
+        with session_factory.begin() as session:
+            assert running_sums.correct(session) == Corrected(1, 1)
+        with session_factory.begin() as session:
+            running_sums.correct_one(session)
+        with session_factory.begin() as session:
+            assert not limits.count_queued_tokens(session)
+    with session_factory() as session:
+        loads = {id_: session.get_one(TenantLoad, id_) for id_ in (held, free)}
+        assert (loads[held].num_unused_tokens, loads[held].num_queued_tokens) == (7, 7)
+        assert (loads[free].num_unused_tokens, loads[free].num_queued_tokens) == (0, num_tokens)
+    janitor.tick()
+    with session_factory.begin() as session:
+        running_sums.correct_one(session)
+    with session_factory() as session:
+        load = session.get_one(TenantLoad, held)
+        assert (load.num_unused_tokens, load.num_queued_tokens) == (0, num_tokens // 2)
 
 
 def test_hours_of_the_ledger_are_closed_at_a_later_look(
@@ -349,6 +388,24 @@ def test_hours_of_the_ledger_are_closed_at_a_later_look(
         janitor.tick()
         with session_factory() as session:
             return session.scalars(closing).one() >= began_at + timedelta(hours=28)
+
+    wait_until(are_closed, "the hours are closed")
+
+
+def test_hours_are_closed_after_a_restore_into_a_database_that_has_had_fewer_transactions(
+    janitor: Janitor, session_factory: sessionmaker[Session], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("maintenance.janitor.CLOSE_EVERY_SECONDS", 0.0)
+    began_at = datetime.now(UTC).replace(minute=0, second=0, microsecond=0) - timedelta(hours=3)
+    with session_factory.begin() as session:
+        session.execute(update(UsageClosing).values(closed_from=began_at, closed_until=began_at))
+        now = usage_hours.horizon(session)
+    janitor._horizon = replace(now, own_id=now.own_id + 1_000_000_000, oldest_id=now.oldest_id + 1_000_000_000)
+
+    def are_closed() -> bool:
+        janitor.tick()
+        with session_factory() as session:
+            return session.scalars(select(UsageClosing.closed_until)).one() > began_at
 
     wait_until(are_closed, "the hours are closed")
 

@@ -15,6 +15,7 @@ from domain.requests import GenerationRequest
 from storage import administration, job_accept, jobs, running_sums, tenants
 from storage.administration import KeyChanges
 from storage.jobs import ChunkCommit, Finalisation
+from storage.running_sums import Corrected
 from storage.tables import Job, JobPayload, TenantLoad
 from tests.conftest import MakeJob, MakeTenant
 from tests.storage_samples import MODEL, PAST, chunk, claim, load_of, new_job, result
@@ -153,7 +154,7 @@ class TestOrder:
         """What it may still take counts when it takes it. So does what an ended one has not taken. Kept sums know
         claims at once, and what is taken when they are corrected."""
         if are_kept:
-            assert running_sums.correct(session) == 0
+            assert running_sums.correct(session) == Corrected(0, 0)
             session.commit()
         patient, brisk = make_tenant(), make_tenant()
         long = [make_job(tenant_id=patient.id, max_tokens=100_000, cost=100_003).id for _ in range(3)]
@@ -167,7 +168,7 @@ class TestOrder:
         session.execute(update(Job).where(Job.id == first).values(num_committed_tokens=1000))
         session.commit()
         if are_kept:
-            assert running_sums.correct(session) == 1
+            assert running_sums.correct(session) == Corrected(1, 0)
             session.commit()
         assert next_jobs(session, 6) == short[3:9], "by now it has taken more"
 
