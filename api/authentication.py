@@ -52,6 +52,7 @@ class Credential(NamedTuple):
 
     identify: Callable[[], Coroutine[Any, Any, Identity]]
     revocation: Callable[[], Signal]  # set once it is revoked or expires
+    is_key: bool = True  # so that its limits are for the caller to know
 
 
 @dataclass(slots=True)

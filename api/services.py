@@ -412,6 +412,7 @@ class StreamRoute(PrivateRoute):
         return Credential(
             partial(authenticator.identify_reader, token, job_id),
             partial(authenticator.expiry_of, token, job_id),
+            is_key=False,
         )
 
 
@@ -420,6 +421,8 @@ async def authenticate(connection: HTTPConnection, credential: Credential, scope
     `scope`, or StorageUnavailable."""
     state = connection.state
     identity = await credential.identify()
+    if credential.is_key:
+        note_caller(identity.limits)
     if scope is not None and scope not in identity.scopes:
         held = ", ".join(sorted(identity.scopes)) or "none"
         raise PermissionDenied(
@@ -430,7 +433,6 @@ async def authenticate(connection: HTTPConnection, credential: Credential, scope
     state.scopes, state.is_admin = identity.scopes, Scope.ADMIN in identity.scopes
     key_id_context.set(state.key_id)
     is_limited_context.set(identity.limits.is_limited)
-    note_caller(identity.limits)
     stream_limits_context.set((identity.key_id, identity.limits))
     state.revocation = credential.revocation
     current_tenant.set(state.tenant_id)
