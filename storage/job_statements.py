@@ -58,10 +58,12 @@ MAX_DEBT_TOKENS = 10_000
 
 
 def lead(job: str, tenant: str) -> str:
-    """The lead of a job in tokens. Its key is looked up only where there may be one."""
+    """The lead of a job in tokens. Its key is looked up only where there may be one; a key that was deleted gives
+    none."""
     return f"""{LEAD_TOKENS} * CASE WHEN {job}.priority > 0 AND {tenant}.max_priority > 0
-            THEN least({job}.priority, {tenant}.max_priority,
-                (SELECT k.max_priority FROM api_keys k WHERE k.id = {job}.key_id)) ELSE 0 END"""
+            THEN least({job}.priority, {tenant}.max_priority, CASE WHEN {job}.key_id IS NOT NULL THEN
+                coalesce((SELECT coalesce(k.max_priority, {tenant}.max_priority) FROM api_keys k
+                    WHERE k.id = {job}.key_id), 0) END) ELSE 0 END"""
 
 
 # A job comes no later than those of its tenant that RANK puts after it, whatever lead their priority gives them.

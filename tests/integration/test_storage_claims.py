@@ -102,17 +102,19 @@ class TestOrder:
         self, session: Session, make_job: MakeJob, make_tenant: MakeTenant
     ) -> None:
         """Leads of 4,000 tokens, of 2,000 and of none, in jobs of 250."""
-        whole, little, none = (make_tenant(max_priority=4) for _ in range(3))
+        whole, little, none, gone = (make_tenant(max_priority=4) for _ in range(4))
         tenant_by_job = {}
-        for tenant, most in ((whole, 10), (little, 2), (none, 0)):
+        for tenant, most in ((whole, 10), (little, 2), (none, 0), (gone, 10)):
             key_id = tenants.create_key(session, tenant.id).split("_")[1]
             administration.change_key(session, key_id, KeyChanges(max_priority=most), actor="test")
             for _ in range(30):
                 tenant_by_job[make_job(tenant_id=tenant.id, key_id=key_id, priority=10, cost=250).id] = tenant.id
-        order = [tenant_by_job[job_id] for _ in range(30) for job_id in next_jobs(session, 1)]
+        administration.delete_key(session, key_id, actor="test")
+        order = [tenant_by_job[job_id] for _ in range(32) for job_id in next_jobs(session, 1)]
         assert order[:8] == [whole.id] * 8
         assert 7 <= order.index(little.id) <= 9
         assert 22 <= order.index(none.id) <= 26
+        assert 22 <= order.index(gone.id) <= 27
 
     def test_a_lead_does_not_put_a_new_job_before_an_old_one_of_its_tenant(
         self, session: Session, make_job: MakeJob, make_tenant: MakeTenant
