@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 from uuid import UUID
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 from domain.job_options import JobOptions
 from domain.requests import GenerationRequest, JobRequest
@@ -69,6 +69,7 @@ class KnownRequests:
 
     def __init__(self) -> None:
         self._by_view: WeakKeyDictionary[ModelView, SharedMemory[Asked, ReadyRequest]] = WeakKeyDictionary()
+        self._met: WeakValueDictionary[int, JobRequest] = WeakValueDictionary()  # by their ids
         self._again: dict[int, AskedAgain] = {}  # by the ids of requests, as long as api/known_bodies.py has them
 
     def find(self, view: ModelView, tenant_id: UUID, asked: Asked) -> ReadyRequest | None:
@@ -100,7 +101,9 @@ class KnownRequests:
                 asyncio.get_running_loop().call_later(KEEP_SECONDS, known.clear)
             ready = _ready_as(new_job)
             known.keep(new_job.tenant_id, asked, ready)
-        if ready.is_same_again:
+        if self._met.get(id(request)) is not request:  # its body may not be remembered: then it never comes again
+            self._met[id(request)] = request
+        elif ready.is_same_again:
             gone = ref(request, _forgetting(self._again, id(request)))
             written = written_once(new_job)
             self._again[id(request)] = AskedAgain(

@@ -210,7 +210,8 @@ def test_a_body_whose_answer_is_known_is_neither_hashed_again_nor_written_as_it_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run(hand_worker, ask(client).json()["id"], "Hello")
-    assert outcome_of(ask(client)) == (200, "hit", True)
+    for _ in range(2):  # it is written down once it has come again
+        assert outcome_of(ask(client)) == (200, "hit", True)
 
     def hashed(*args: object) -> None:
         raise InvalidRequest("hashed")
@@ -229,8 +230,8 @@ def test_a_body_whose_answer_is_known_is_neither_hashed_again_nor_written_as_it_
     with session_factory() as session:
         rows = session.execute(select(Job.key_id, Job.idempotency_key, Job.request_hash).order_by(Job.id)).all()
     key_id, other_id = (key.split("_")[1] for key in (client.headers["authorization"], other_key))
-    assert [row.key_id for row in rows] == [key_id] * 4 + [other_id]
-    assert [row.idempotency_key for row in rows] == [None, None, None, "mine", None]
+    assert [row.key_id for row in rows] == [key_id] * 5 + [other_id]
+    assert [row.idempotency_key for row in rows] == [None, None, None, None, "mine", None]
     assert len({row.request_hash for row in rows}) == 1
 
 
