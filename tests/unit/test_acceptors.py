@@ -19,8 +19,8 @@ def test_many_connections_are_accepted_in_each_turn_of_the_event_loop() -> None:
 
     async def count_turns(listening: socket.socket) -> int:
         """Until all who wait already are in."""
-        for each in acceptors(listening):
-            await asyncio.get_running_loop().create_server(Accepted, sock=each)
+        loop = asyncio.get_running_loop()
+        servers = [await loop.create_server(Accepted, sock=each) for each in acceptors(listening)]
         clients = [socket.create_connection(listening.getsockname()) for _ in range(NUM_CLIENTS)]
         num_turns = 0
         while len(accepted) < NUM_CLIENTS and num_turns < NUM_CLIENTS:
@@ -28,6 +28,8 @@ def test_many_connections_are_accepted_in_each_turn_of_the_event_loop() -> None:
             num_turns += 1
         for client in clients:
             client.close()
+        for open_one in [*accepted, *servers]:
+            open_one.close()
         return num_turns
 
     with open_socket("127.0.0.1", 0) as listening:
