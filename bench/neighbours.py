@@ -56,8 +56,9 @@ async def jobs_of_a_second_model(client: httpx.AsyncClient) -> list[float]:
 
 
 async def streams(client: httpx.AsyncClient) -> list[float]:
-    """Times from the request to the first text, of three streamed chats one after the other."""
-    return [await timed(lambda: _first_text(client)) for _ in range(3)]
+    """Times from the request to the first text, of streamed chats one after the other: of more than there are slots,
+    since each may have taken one for good."""
+    return [await timed(lambda: _first_text(client)) for _ in range(NUM_SLOTS + 2)]
 
 
 async def _first_text(client: httpx.AsyncClient) -> None:
@@ -137,7 +138,7 @@ async def embeddings(client: httpx.AsyncClient) -> list[float]:
     async def embed_one() -> None:
         (await _embed(client, 1)).raise_for_status()
 
-    return [await timed(embed_one) for _ in range(3)]
+    return [await timed(embed_one) for _ in range(NUM_SLOTS + 2)]
 
 
 async def _embed(client: httpx.AsyncClient, num_inputs: int) -> httpx.Response:

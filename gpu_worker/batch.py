@@ -95,14 +95,22 @@ class RunningBatch:
 
     def exchange(self, done: Exchange, sent_at: float) -> None:
         """Pause the jobs that leave, and start those that were claimed for their slots. Embeddings stay."""
-        for job_id in done.leaving:
+        for job_id, taker_id in done.leaving.items():
             job = self._jobs.get(job_id)
             if isinstance(job, RunningEmbedding):
-                job.has_given_way = True
-            elif job is not None and job.is_going_on:
+                job.gave_way_to = taker_id
+                continue
+            self._replace_beside(job_id, taker_id)
+            if job is not None and job.is_going_on:
                 job.is_pausing = True
                 self._supervisor.send(PauseJob(job.name, job.attempt))
         self.admit(done.claimed, sent_at)
+
+    def _replace_beside(self, job_id: UUID, taker_id: UUID) -> None:
+        """If an embedding had given way to a job, it has now given way to the one that takes that one's slot."""
+        for job in self._jobs.values():
+            if isinstance(job, RunningEmbedding) and job.gave_way_to == job_id:
+                job.gave_way_to = taker_id
 
     def serve_quarantine(self, now: float) -> None:
         """Take the next action for the job that must run alone, if there is one."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from time import monotonic
+from uuid import UUID
 
 from domain.errors import CeleriacError, DeadlineExceeded, RunTimeoutExceeded
 from domain.jobs import FinishReason, JobError, JobStatus, Usage, external_id
@@ -324,7 +325,7 @@ class RunningEmbedding(RunningJob):
 
     def __init__(self, claimed: ClaimedJob, *, claimed_at: float) -> None:
         super().__init__(claimed, claimed_at=claimed_at)
-        self.has_given_way = False  # whether a job of another tenant has begun beside it, beyond the slots
+        self.gave_way_to: UUID | None = None  # the job that has begun beside it, beyond the slots
         self._vectors: list[bytes] = []
 
     def command(self, *, passes_messages: bool = False) -> EmbedJob:

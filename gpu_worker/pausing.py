@@ -11,7 +11,7 @@ dies in between, each job has either its old owner or its new one.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -44,14 +44,15 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Exchange:
-    """The jobs that a worker has claimed although it had no slot, and those that must leave or share theirs."""
+    """The jobs that a worker has claimed although it had no slot, and those that must leave or share theirs, each with
+    the claimed job for which it does."""
 
     claimed: list[ClaimedJob]
-    leaving: list[UUID]
+    leaving: Mapping[UUID, UUID]
 
 
 def candidates(
-    running: Iterable[RunningJob], now: float, *, quantum_seconds: float, keeps_prefixes: bool = True
+    running: Collection[RunningJob], now: float, *, quantum_seconds: float, keeps_prefixes: bool = True
 ) -> list[Candidate]:
     """Those of a worker's jobs that may be paused.
 
@@ -59,11 +60,15 @@ def candidates(
     it again may cost as much. Jobs that may crash engines first prove that they do not. Texts are paused only if the
     engine keeps prefixes.
 
-    An embedding is never paused, as its vectors would be lost. It gives way once: another job runs beside it, beyond
-    the slots. That is no more than the engine can do, since an embedding takes none of its sequences.
+    An embedding is never paused, as its vectors would be lost. It gives way: another job runs beside it, beyond the
+    slots, and when that one has ended, the next. That is no more than the engine can do, since an embedding takes none
+    of its sequences.
     """
     found = []
+    running_ids = {job.id for job in running if not job.is_over}
     for job in running:
+        if isinstance(job, RunningEmbedding) and job.gave_way_to in running_ids:
+            continue
         since, quantum = _turn(job, quantum_seconds, keeps_prefixes=keeps_prefixes)
         if since is None or not job.is_going_on or job.claimed.num_suspicions:
             continue
@@ -76,7 +81,7 @@ def candidates(
 def _turn(job: RunningJob, quantum_seconds: float, *, keeps_prefixes: bool) -> tuple[float | None, float]:
     """When the job's turn began, if it can end, and how long it is."""
     if isinstance(job, RunningEmbedding):
-        return None if job.has_given_way else job.started_at, quantum_seconds
+        return job.started_at, quantum_seconds
     if job.first_output_at is None or not keeps_prefixes:
         return None, quantum_seconds
     return job.first_output_at, max(quantum_seconds, job.first_output_at - job.started_at)
@@ -184,8 +189,8 @@ def exchange(
             )
     job_log.returned(AttemptOutcome.RELEASED, released)
     storage.tell_claimed(claimed)
-    leaving = {job.id: [one.job_id for one in candidates] for job, candidates in chosen}
-    return Exchange(claimed, [job_id for job in claimed for job_id in leaving[job.id]])
+    leavers = {job.id: [one.job_id for one in candidates] for job, candidates in chosen}
+    return Exchange(claimed, {leaver: job.id for job in claimed for leaver in leavers[job.id]})
 
 
 def pause(storage: JobStorage, job_ids: Sequence[UUID]) -> None:

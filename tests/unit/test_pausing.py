@@ -14,6 +14,7 @@ from gpu_worker.engine_process.frames import EngineStats, StepDone
 from gpu_worker.pausing import NUM_TURNS, Candidate, Exchange, candidates, choose
 from gpu_worker.quarantine import Quarantine
 from settings import Settings
+from storage.jobs import ClaimedJob
 from storage.shares import NextJob, Shares
 from tests.runner_parts import make_claimed, make_output, make_running
 
@@ -165,45 +166,62 @@ class TestWhichJobsMayLeave:
         assert candidates(jobs, 1e9, quantum_seconds=2.0) == []
 
 
-def test_an_embedding_gives_way_once_and_goes_on() -> None:
-    """Whatever its engine keeps of texts."""
+def make_batch(sent: list[Any], *, keeps_prefixes: bool) -> RunningBatch:
     storage: Any = SimpleNamespace(model="test-model", pause_quantum_seconds=2.0, passes_messages=False, release=None)
-    sent: list[Any] = []
-    supervisor: Any = SimpleNamespace(ready=SimpleNamespace(keeps_prefixes=False), send=sent.append)
+    supervisor: Any = SimpleNamespace(ready=SimpleNamespace(keeps_prefixes=keeps_prefixes), send=sent.append)
     thread: Any = SimpleNamespace(submit=lambda *calls: None)
-    batch = RunningBatch(supervisor, Quarantine(), FlushPacer(Settings()), storage, thread, lambda event: None)
-    request = EmbeddingRequest(model="test-model", inputs=("x",))
-    batch.admit([make_claimed(request=request, input_lengths=[3]), make_claimed()], 0.0)
+    return RunningBatch(supervisor, Quarantine(), FlushPacer(Settings()), storage, thread, lambda event: None)
+
+
+def make_claimed_embedding() -> ClaimedJob:
+    return make_claimed(request=EmbeddingRequest(model="test-model", inputs=("x",)), input_lengths=[3])
+
+
+def test_an_embedding_gives_way_to_one_job_after_the_other_and_goes_on() -> None:
+    """Whatever its engine keeps of texts."""
+    sent: list[Any] = []
+    batch = make_batch(sent, keeps_prefixes=False)
+    embedding, first, second = make_claimed_embedding(), make_claimed(), make_claimed()
+    batch.admit([embedding, make_claimed()], 0.0)
     text = list(batch._jobs.values())[1]
     batch.absorb(StepDone([make_output(text)], [], EngineStats()))
     assert batch.may_leave(text.started_at) == [], "its turn has just begun"
-    [candidate] = batch.may_leave(1e9)
-    assert candidate.job_id != text.id
-    batch.exchange(Exchange([make_claimed()], [candidate.job_id]), 0.0)
+    assert [candidate.job_id for candidate in batch.may_leave(1e9)] == [embedding.id]
+    batch.exchange(Exchange([first], {embedding.id: first.id}), 0.0)
     assert [type(command).__name__ for command in sent] == ["EmbedJob", "AddJob", "AddJob"], "nothing is paused"
+    assert (batch.num_occupied, batch.may_leave(1e9)) == (3, [])
+    batch.absorb(StepDone([make_output(batch._jobs[first.id], "x", finish_reason="stop")], [], EngineStats()))
+    assert [candidate.job_id for candidate in batch.may_leave(1e9)] == [embedding.id], "the one beside it has ended"
+    batch.exchange(Exchange([second], {embedding.id: second.id}), 0.0)
     assert (batch.num_occupied, batch.may_leave(1e9)) == (3, [])
 
 
+def test_a_job_beside_an_embedding_is_paused_for_another_one_without_a_third() -> None:
+    batch = make_batch([], keeps_prefixes=True)
+    embedding, first, second = make_claimed_embedding(), make_claimed(), make_claimed()
+    batch.admit([embedding], 0.0)
+    batch.exchange(Exchange([first], {embedding.id: first.id}), 0.0)
+    batch.absorb(StepDone([make_output(batch._jobs[first.id])], [], EngineStats()))
+    assert [candidate.job_id for candidate in batch.may_leave(1e9)] == [first.id]
+    batch.exchange(Exchange([second], {first.id: second.id}), 0.0)
+    batch._forget(batch._jobs[first.id])  # as when it has been put back
+    assert (batch.num_occupied, batch.may_leave(1e9)) == (2, [])
+
+
 def test_nobody_leaves_while_others_are_being_paused() -> None:
-    storage: Any = SimpleNamespace(model="test-model", pause_quantum_seconds=0.0, passes_messages=False, release=None)
-    supervisor: Any = SimpleNamespace(ready=SimpleNamespace(keeps_prefixes=True), send=lambda command: None)
-    thread: Any = SimpleNamespace(submit=lambda *calls: None)
-    batch = RunningBatch(supervisor, Quarantine(), FlushPacer(Settings()), storage, thread, lambda event: None)
+    batch = make_batch([], keeps_prefixes=True)
     batch.admit([make_claimed() for _ in range(3)], 0.0)
     jobs = list(batch._jobs.values())
     batch.absorb(StepDone([make_output(job) for job in jobs], [], EngineStats()))
     assert len(batch.may_leave(1e9)) == 3
-    batch.exchange(Exchange([], [jobs[0].id]), 0.0)
+    batch.exchange(Exchange([], {jobs[0].id: uuid4()}), 0.0)
     assert batch.may_leave(1e9) == []
     batch._forget(jobs[0])  # as when it has been put back
     assert len(batch.may_leave(1e9)) == 2
 
 
 def test_a_slot_is_free_as_soon_as_the_engine_is_done_with_it() -> None:
-    storage: Any = SimpleNamespace(model="test-model", pause_quantum_seconds=0.0, passes_messages=False, release=None)
-    supervisor: Any = SimpleNamespace(ready=SimpleNamespace(keeps_prefixes=True), send=lambda command: None)
-    thread: Any = SimpleNamespace(submit=lambda *calls: None)  # the end is never stored
-    batch = RunningBatch(supervisor, Quarantine(), FlushPacer(Settings()), storage, thread, lambda event: None)
+    batch = make_batch([], keeps_prefixes=True)
     batch.admit([make_claimed() for _ in range(3)], 0.0)
     first = next(iter(batch._jobs.values()))
     batch.absorb(StepDone([make_output(first, "x", finish_reason="stop")], [], EngineStats()))
