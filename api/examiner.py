@@ -188,10 +188,10 @@ class Examiner:
         found = await self._answer(troubles.blockers)
         if found:
             first = found[0]
-            named = f" ({first.application})" if first.application else ""
             sentence = (
                 f"{first.num_waiting} sessions of PostgreSQL have waited up to {first.seconds:.0f} s for a lock of its "
-                f"process {first.pid}{named}: end that, such as with SELECT pg_terminate_backend({first.pid})"
+                f"process {first.pid}, which celeriac doctor names: end it, such as with "
+                f"SELECT pg_terminate_backend({first.pid})"
             )
             self._blocker, self._blocked_at = Reason(ReasonCode.DATABASE_LOCKED, sentence), time.monotonic()
         if self._blocker is None or time.monotonic() - self._blocked_at > BLOCKED_SECONDS:
@@ -280,7 +280,7 @@ def _postgres_server(session: Session) -> list[certificates.VerifiedServer]:
 
 
 def _neglect_reasons(session: Session) -> list[Reason]:
-    return [Reason(ReasonCode.DATABASE_NEGLECTED, f"{one.seen}: {one.remedy}") for one in troubles.neglects(session)]
+    return [Reason(ReasonCode.DATABASE_NEGLECTED, one.public) for one in troubles.neglects(session)]
 
 
 def refusal(exc: BaseException) -> Reason:

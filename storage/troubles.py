@@ -150,10 +150,11 @@ class SilentProcess:
 
 @dataclass(frozen=True, slots=True)
 class Neglect:
-    """What does no harm today."""
+    """What does no harm today. What anybody may read, the names of others' programs and replicas are not in."""
 
     seen: str
     remedy: str
+    public: str  # both
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,21 +182,29 @@ def neglects(session: Session, *, open_seconds: float = OPEN_SECONDS, kept_bytes
     found = []
     if "off" in session.execute(text("SELECT current_setting('autovacuum'), current_setting('track_counts')")).one():
         remedy = "set autovacuum = on and track_counts = on, or its tables grow without end"
-        found.append(Neglect("PostgreSQL vacuums nothing by itself", remedy))
+        found.append(_unnamed("PostgreSQL vacuums nothing by itself", remedy))
     if tables := session.scalars(UNVACUUMED).all():
         remedy = "ALTER TABLE … RESET (autovacuum_enabled), or they grow without end"
-        found.append(Neglect(f"PostgreSQL does not vacuum {', '.join(tables)} by itself", remedy))
+        found.append(_unnamed(f"PostgreSQL does not vacuum {', '.join(tables)} by itself", remedy))
     if (row := session.execute(OPEN_TRANSACTION, {"seconds": open_seconds}).one_or_none()) is not None:
         whose = f"{row.pid} ({row.application})" if row.application else str(row.pid)
-        seen = f"a transaction of PostgreSQL's process {whose} has been open for {row.seconds / 60:.0f} minutes"
+        length = f"has been open for {row.seconds / 60:.0f} minutes"
         remedy = f"end it, such as with SELECT pg_terminate_backend({row.pid}), or no table can be vacuumed"
-        found.append(Neglect(seen, remedy))
+        public = f"a transaction of PostgreSQL {length}: end it, or no table can be vacuumed; celeriac doctor names it"
+        found.append(Neglect(f"a transaction of PostgreSQL's process {whose} {length}", remedy, public))
     if (row := session.execute(KEPT_LOG, {"bytes": kept_bytes}).one_or_none()) is not None:
         size = f"{row.bytes / 2**30:.1f} GiB of its log"
         seen = f"PostgreSQL keeps {size} for the slot {row.slot_name}, whose replica is away"
         remedy = f"start that, or SELECT pg_drop_replication_slot('{row.slot_name}'), before its disk is full"
-        found.append(Neglect(seen, remedy))
+        public = (
+            f"PostgreSQL keeps {size} for a replica that is away: start that, or drop its slot, before its disk is full"
+        )
+        found.append(Neglect(seen, remedy, f"{public}; celeriac doctor names it"))
     return found
+
+
+def _unnamed(seen: str, remedy: str) -> Neglect:
+    return Neglect(seen, remedy, f"{seen}: {remedy}")
 
 
 def schema_revisions(session: Session) -> tuple[str | None, str]:

@@ -65,24 +65,30 @@ def test_a_redis_that_may_drop_what_it_holds_is_named(told: Callable[[str, Reaso
 
 
 def test_what_keeps_postgresql_from_clearing_up_is_named(
-    session_factory: sessionmaker[Session], database_url: str
+    session_factory: sessionmaker[Session], database_url: str, postgres_administrator: psycopg.Connection[Any]
 ) -> None:
     with session_factory() as session, psycopg.connect(f"{database_url}&application_name=somebody") as somebody:
         assert troubles.neglects(session) == []
         session.rollback()  # or it sees what ran when it first looked
         somebody.execute("SELECT 1")
         pid = somebody.info.backend_pid
-        seen = [one.seen for one in troubles.neglects(session, open_seconds=0)]
+        found = troubles.neglects(session, open_seconds=0)
+        public = [one.public for one in found]
+        seen = [one.seen for one in found]
         assert f"a transaction of PostgreSQL's process {pid} (somebody) has been open for 0 minutes" in seen
         session.execute(text("ALTER TABLE api_keys SET (autovacuum_enabled = off)"))
-        session.execute(text("SELECT pg_create_physical_replication_slot('gone', true)"))
+        postgres_administrator.execute("SELECT pg_create_physical_replication_slot('gone', true)")
         try:
-            seen = [one.seen for one in troubles.neglects(session, kept_bytes=-1)]
+            found = troubles.neglects(session, kept_bytes=-1)
+            public += [one.public for one in found]
+            seen = [one.seen for one in found]
         finally:
-            session.execute(text("SELECT pg_drop_replication_slot('gone')"))
+            postgres_administrator.execute("SELECT pg_drop_replication_slot('gone')")
             session.rollback()
         assert "PostgreSQL does not vacuum api_keys by itself" in seen
         assert "PostgreSQL keeps 0.0 GiB of its log for the slot gone, whose replica is away" in seen
+        assert any("replica that is away" in one for one in public)
+        assert not [one for one in public if "somebody" in one or "gone" in one], "anybody may read /health"
 
 
 def test_who_holds_a_lock_is_named(
@@ -95,7 +101,8 @@ def test_who_holds_a_lock_is_named(
     ):
         holding.execute("LOCK TABLE workers IN ACCESS EXCLUSIVE MODE")
         asked = pool.submit(waiting.execute, "SELECT count(*) FROM workers")
-        told(f"process {holding.info.backend_pid} (somebody)", ReasonCode.DATABASE_LOCKED)
+        told(f"process {holding.info.backend_pid}, which celeriac doctor names: end it", ReasonCode.DATABASE_LOCKED)
+        assert "somebody" not in http.get("/health").text, "anybody may read it"
         assert http.get("/health").status_code == 200
         holding.rollback()
         asked.result()
