@@ -28,8 +28,10 @@ def test_many_connections_are_accepted_in_each_turn_of_the_event_loop() -> None:
             num_turns += 1
         for client in clients:
             client.close()
-        for open_one in [*accepted, *servers]:
-            open_one.close()
+        for transport in accepted:
+            transport.close()
+        for server in servers:
+            server.close()
         return num_turns
 
     with open_socket("127.0.0.1", 0) as listening:
