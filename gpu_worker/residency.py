@@ -10,7 +10,8 @@
   run come to their end for CELERIAC_DRAIN_SECONDS, and leaves. What has not ended goes on when it is loaded again. So
   at most half of the time goes into loading, and no model waits for ever. It gets in line behind those that waited
   before it left.
-- A model alone on its worker is always loaded, whatever it needs.
+- A model alone on its worker is always loaded, whatever it needs. So is one that needs none of its memory, such as
+  that of a remote server; it has no room to make.
 """
 
 import logging
@@ -148,6 +149,8 @@ class ModelMemory:
 
     def _shortage(self, model: _Model) -> int:
         """How many bytes are missing for this model. One that needs more than there is must at least be alone."""
+        if not model.need_bytes:
+            return 0
         taken = sum(other.need_bytes for other in self._models.values() if other is not model and other.is_resident)
         return min(model.need_bytes, self._budget_bytes) + taken - self._budget_bytes
 
@@ -155,7 +158,7 @@ class ModelMemory:
         """The models that should make room now; none if those that may leave do not suffice, or others already do."""
         others = [model for model in self._models.values() if model is not first]
         missing = shortage - sum(model.need_bytes for model in others if model.is_resident and not model.is_wanted)
-        settled = [model for model in others if model.is_wanted and model.use.is_ready]
+        settled = [model for model in others if model.is_wanted and model.use.is_ready and model.need_bytes]
         may_leave = [model for model in settled if self._seconds_protected(model, now) == 0.0]
         leavers = []
         for model in sorted(may_leave, key=lambda model: (model.use.has_work, model.used_at)):
@@ -175,7 +178,7 @@ class ModelMemory:
     def _seconds_until_room(self, model: _Model, now: float) -> float:
         if model.is_wanted or self._shortage(model) <= 0:
             return 0.0
-        others = [other for other in self._models.values() if other is not model and other.is_wanted]
+        others = [each for each in self._models.values() if each is not model and each.is_wanted and each.need_bytes]
         return min((self._seconds_protected(other, now) for other in others), default=0.0)
 
     def _expected_load_seconds(self, model: _Model) -> float | None:

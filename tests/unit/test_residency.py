@@ -36,6 +36,16 @@ def test_a_model_alone_is_always_loaded_whatever_it_needs() -> None:
     assert memory.update("a", IDLE, 1000.0)
 
 
+def test_a_model_that_needs_no_memory_is_always_loaded_and_has_no_room_to_make() -> None:
+    memory = memory_of(big=99, b=10, remote=0)
+    load(memory, "big", begun_at=0.0, ready_at=1.0)
+    load(memory, "remote", begun_at=0.0, ready_at=0.5)
+    memory.update("big", BUSY, 50.0)
+    memory.update("b", waiting(51.0), 51.0)
+    assert memory.update("remote", IDLE, 52.0), "the least recently used"
+    assert not memory.update("big", BUSY, 53.0)
+
+
 def test_an_idle_model_makes_room_at_once_and_the_other_waits_until_its_engine_is_gone() -> None:
     memory = memory_of(a=10, b=10)
     load(memory, "a", begun_at=0.0, ready_at=1.0)
