@@ -105,10 +105,7 @@ class JobStorage:
         """Claim up to `limit` jobs of a lane for `num_slots` slots, fairest first. `known` are those that run here.
         `tell_claimed` is for later: the engine need not wait for it."""
         if is_repeated:  # in a transaction of its own, since a claim's does not wait for the disk
-            with self.sessions.begin() as session:
-                database.plan_anew(session)  # a plan for any status has no use for the index of running jobs
-                released = self.release_unknown(session, known)
-            job_log.returned(AttemptOutcome.RELEASED, released)
+            self.release_others(known)
         with self.statements() as session:
             return jobs.claim(
                 session,
@@ -121,6 +118,14 @@ class JobStorage:
                 min_suspicions=min_suspicions,
                 num_slots=num_slots,
             )
+
+    def release_others(self, known: frozenset[UUID]) -> None:
+        """Release what earlier calls may have claimed without our hearing of it."""
+        with self.sessions.begin() as session:
+            database.plan_anew(session)  # a plan for any status has no use for the index of running jobs
+            released = self.release_unknown(session, known)
+        job_log.returned(AttemptOutcome.RELEASED, released)
+        self.notifier.publish((job.job_id, job.status) for job in released)
 
     def plan_ahead(self) -> None:
         """Call in a quiet moment, before a claim: makes anew the plans that the next job would have to wait for."""

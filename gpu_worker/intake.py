@@ -150,9 +150,11 @@ class Intake:
                 self._heard_at = monotonic() - POLL_SECONDS + SHORTFALL_SECONDS
 
         def on_error(exc: Exception) -> None:
-            # Not an outage, after which the call is repeated. Whoever sends messages finds that some are missing.
+            # Not an outage, after which the call is repeated. Whoever sends messages finds that some are missing. The
+            # claim may have been committed before the error.
             self._busy_lanes.discard(lane)
             log.error("no jobs could be claimed", exc_info=exc)
+            self._storage_thread.submit(lambda _: self._storage.release_others(known), lambda _: None)
             self._on_spent(list(ticket_ids))
 
         self._storage_thread.submit(

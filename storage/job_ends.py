@@ -155,16 +155,20 @@ def _charged(is_poison: str) -> str:
             WHEN j.num_failures + 1 > j.max_failures THEN CAST(:lost_error AS json) END AS error"""
 
 
-OURS = """
+def _ours(delay_seconds: str) -> str:
+    return f"""
     SELECT j.id, j.lease_owner AS owner, 'released' AS outcome, j.lane, j.num_failures, j.num_suspicions,
-        0 AS delay_seconds, NULL::json AS error,
+        {delay_seconds} AS delay_seconds, NULL::json AS error,
         CASE WHEN j.cancel_requested_at IS NOT NULL THEN 'cancelled' ELSE 'queued' END AS next_status
     FROM jobs j WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'in_progress' AND j.lease_owner = :owner
     ORDER BY j.id FOR NO KEY UPDATE"""
 
-RELEASE = text(_returned(OURS))
 
-PAUSE = text(_returned(OURS, sets=f"paused_at = {CLOCK},"))
+RELEASE = text(_returned(_ours("0")))
+
+PUT_OFF = text(_returned(_ours("CAST(:seconds AS float)")))
+
+PAUSE = text(_returned(_ours("0"), sets=f"paused_at = {CLOCK},"))
 
 REPORT_CRASH = text(
     _returned(

@@ -434,11 +434,6 @@ WHERE l.tenant_id = ANY(CAST(:tenant_ids AS uuid[]))
 
 TAKE_SHARING_TURN = text("SELECT pg_try_advisory_xact_lock(hashtextextended('celeriac shares of ' || :model, 0))")
 
-PUT_OFF = text(f"""
-UPDATE jobs SET available_at = {CLOCK} + make_interval(secs => :seconds)
-WHERE id = ANY(CAST(:ids AS uuid[])) AND status = 'queued'
-""")
-
 CHUNKS_OF = text("""
 SELECT job_id, array_agg(chunk::text ORDER BY sequence_number) AS chunks FROM job_chunks
 WHERE job_id = ANY(CAST(:ids AS uuid[])) GROUP BY job_id

@@ -389,9 +389,8 @@ def claimed_jobs(session: Session, rows: Sequence[Row[Any]], *, owner: UUID) -> 
             fields = sorted({".".join(map(str, error["loc"])) for error in exc.errors()})
             log.error("a job cannot be read: see %s", ", ".join(fields), extra={"job_id": external_id(row.id)})
             unreadable.append(row.id)
-    if unreadable:
-        release(session, unreadable, owner=owner)
-        session.execute(sql.PUT_OFF, {"ids": unreadable, "seconds": UNREADABLE_SECONDS})
+    if unreadable:  # by one statement, as the session may commit each
+        _returned(session, ends.PUT_OFF, {"ids": unreadable, "owner": owner, "seconds": UNREADABLE_SECONDS})
     return claimed
 
 

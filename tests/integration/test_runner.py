@@ -43,6 +43,22 @@ def test_offered_jobs_run_to_completion_and_their_chunks_are_their_results(rig: 
     assert worker.runner.num_free == 8
 
 
+def test_jobs_of_a_claim_that_failed_after_its_commit_are_released_at_once(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, worker, read = rig.add_job(), rig.start(), jobs.claimed_jobs
+
+    def fail_once(*arguments: object, **more: object) -> list[jobs.ClaimedJob]:
+        monkeypatch.setattr(jobs, "claimed_jobs", read)
+        raise RuntimeError("a row that nobody expected")
+
+    monkeypatch.setattr(jobs, "claimed_jobs", fail_once)
+    worker.offer([job_id])
+    worker.wait_for(ENDED, [job_id])
+    job = rig.job(job_id)
+    assert (job.status, job.attempt, job.num_failures) == (JobStatus.COMPLETED, 2, 0)
+
+
 def test_what_is_published_is_what_was_committed_in_the_same_order(rig: Rig) -> None:
     job_id = rig.add_job(max_tokens=60)
     worker = rig.start()

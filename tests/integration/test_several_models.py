@@ -185,7 +185,7 @@ def test_nothing_is_lost_or_done_twice_if_an_engine_and_the_worker_are_killed_me
 
 @pytest.mark.timeout(300)
 def test_a_long_text_makes_room_for_another_models_job_and_goes_on_afterwards(tmp_path: Path) -> None:
-    models = MODELS.replace("step_seconds = 0.005", "step_seconds = 0.02")
+    models = MODELS.replace("step_seconds = 0.005", "step_seconds = 0.025")
     settings = SETTINGS | {"drain_seconds": 0.3}
     with Plant(
         tmp_path, models=models, worker_models={"gpu-1": "one,two"}, settings=settings, start=start_prepared
@@ -194,7 +194,7 @@ def test_a_long_text_makes_room_for_another_models_job_and_goes_on_afterwards(tm
         plant.start_parts()
         plant.wait_until_ready()
         with httpx.Client(base_url=plant.api_urls[0], timeout=60) as client:
-            params = {"max_tokens": 300, "ignore_eos": True, "seed": 3, "temperature": 1.0}
+            params = {"max_tokens": 480, "ignore_eos": True, "seed": 3, "temperature": 1.0}
             body = {"model": "one", "prompt_token_ids": PROMPT, "params": params}
             long = client.post("/v1/jobs", json=body).raise_for_status().json()["id"]
             wait_until(lambda: client.get(f"/v1/jobs/{long}").json()["first_token_at"], "it runs")
@@ -203,7 +203,7 @@ def test_a_long_text_makes_room_for_another_models_job_and_goes_on_afterwards(tm
             assert client.get(f"/v1/jobs/{long}").json()["finished_at"] is None
             wait_until(lambda: client.get(f"/v1/jobs/{long}").json()["finished_at"], "it has gone on")
             job = client.get(f"/v1/jobs/{long}?include=output").json()
-    assert job["output"]["choices"][0]["text"] == fake_text(PROMPT, 3, 0, 300)
+    assert job["output"]["choices"][0]["text"] == fake_text(PROMPT, 3, 0, 480)
     assert job["attempt"] > 1
 
 
