@@ -50,8 +50,8 @@ class Usage:
     num_ends: int
 
 
-Counted = tuple[int, ...]  # jobs queued and running, tokens of those that are queued, and unused ones of running ones
-NOTHING: Counted = (0, 0, 0, 0)
+Counted = tuple[int, ...]  # jobs queued and running, tokens of the former, unused and excess ones of the latter
+NOTHING: Counted = (0, 0, 0, 0, 0)
 
 
 @dataclass(slots=True)
@@ -81,18 +81,28 @@ SELECT job_id, sum(num_prompt_tokens), sum(num_output_tokens), count(*) FILTER (
 FROM usage_records GROUP BY job_id"""
 
 
-# What running jobs have not taken yet is corrected once a second, so the counters may say more, and never less.
+# Attempts add to a counter what their jobs had not taken when they began, and subtract what they have not taken at
+# their end. So without corrections, the counter is too high by what they took, which the ledger knows.
 COUNTED = """
-SELECT tenant_id::text, count(*) FILTER (WHERE status = 'queued'), count(*) FILTER (WHERE status = 'in_progress'),
+SELECT l.tenant_id::text, count(*) FILTER (WHERE status = 'queued'), count(*) FILTER (WHERE status = 'in_progress'),
     coalesce(sum(cost) FILTER (WHERE status = 'queued'), 0),
-    coalesce(sum(cost - num_prompt_tokens - num_committed_tokens) FILTER (WHERE status = 'in_progress'), 0)
-FROM jobs GROUP BY 1"""
+    coalesce(sum(cost - num_prompt_tokens - num_tokens_at_claim) FILTER (WHERE status = 'in_progress'), 0)
+        + (SELECT coalesce(sum(num_output_tokens), 0) FROM usage_records u
+            WHERE u.tenant_id = l.tenant_id AND is_attempt), 0
+FROM tenant_load l LEFT JOIN jobs j USING (tenant_id) GROUP BY l.tenant_id"""
 
-COUNTERS = """
-SELECT l.tenant_id::text, l.num_queued, l.num_running, l.num_queued_tokens, least(l.num_unused_tokens, (
-    SELECT coalesce(sum(cost - num_prompt_tokens - num_committed_tokens), 0) FROM jobs j
-    WHERE j.tenant_id = l.tenant_id AND j.status = 'in_progress'))
-FROM tenant_load l"""
+# After a correction, it is anything from there down to what has not been taken by now. Of the excess no more is known
+# than that it is a part of that, so it is shown as 0 where it may be right.
+COUNTERS = f"""
+SELECT l.tenant_id::text, l.num_queued, l.num_running, l.num_queued_tokens,
+    CASE WHEN EXISTS (SELECT FROM running_sums) AND l.num_unused_tokens BETWEEN r.unused AND c.highest
+        THEN c.highest ELSE l.num_unused_tokens END,
+    CASE WHEN l.num_excess_tokens BETWEEN 0 AND l.num_unused_tokens THEN 0 ELSE l.num_excess_tokens END
+FROM tenant_load l JOIN ({COUNTED}) AS c(tenant_id, queued, running, tokens, highest, excess)
+    ON c.tenant_id = l.tenant_id::text
+CROSS JOIN LATERAL (
+    SELECT coalesce(sum(cost - num_prompt_tokens - num_committed_tokens), 0) AS unused FROM jobs j
+    WHERE j.tenant_id = l.tenant_id AND j.status = 'in_progress') r"""
 
 
 def _usage_by_job(connection: "psycopg.Connection[Any]", query: str) -> dict[str, Usage]:
