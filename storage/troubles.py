@@ -83,12 +83,13 @@ ORDER BY code, name
 """)  # noqa: S608  (CLOCK is a constant)
 
 # What fills the disk and slows queries down, days later. Another user's transactions have no begin for those who may
-# not see it.
+# not see it. A backup of a large database takes hours, and nobody should end it.
 OPEN_TRANSACTION = text("""
 SELECT pid, coalesce(application_name, '') AS application,
     extract(epoch FROM clock_timestamp() - xact_start)::float8 AS seconds
 FROM pg_stat_activity WHERE datname = current_database() AND backend_type = 'client backend'
-    AND pid <> pg_backend_pid() AND xact_start < clock_timestamp() - make_interval(secs => :seconds)
+    AND pid <> pg_backend_pid() AND coalesce(application_name, '') <> 'pg_dump'
+    AND xact_start < clock_timestamp() - make_interval(secs => :seconds)
 ORDER BY xact_start LIMIT 1
 """)
 KEPT_LOG = text("""

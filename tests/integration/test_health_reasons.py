@@ -67,10 +67,15 @@ def test_a_redis_that_may_drop_what_it_holds_is_named(told: Callable[[str, Reaso
 def test_what_keeps_postgresql_from_clearing_up_is_named(
     session_factory: sessionmaker[Session], database_url: str, postgres_administrator: psycopg.Connection[Any]
 ) -> None:
-    with session_factory() as session, psycopg.connect(f"{database_url}&application_name=somebody") as somebody:
+    with (
+        session_factory() as session,
+        psycopg.connect(f"{database_url}&application_name=pg_dump") as backup,
+        psycopg.connect(f"{database_url}&application_name=somebody") as somebody,
+    ):
         assert troubles.neglects(session) == []
         session.rollback()  # or it sees what ran when it first looked
-        somebody.execute("SELECT 1")
+        for connection in (backup, somebody):
+            connection.execute("SELECT 1")
         pid = somebody.info.backend_pid
         found = troubles.neglects(session, open_seconds=0)
         public = [one.public for one in found]
