@@ -13,9 +13,10 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from api.connections import open_socket
 from local.lifetime import end_with_parent
@@ -73,15 +74,20 @@ class ApiProcesses:
         return int(self._num_short_lives >= MAX_SHORT_LIVES)
 
     def _start(self, number: int) -> None:
-        log.info("process %d listens on port %d, too, alone", number + 1, self._ports.own[number])
-        self._began_at[number] = time.monotonic()
-        parent_pid = os.getpid()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until each knows what to do with them
-        pid = os.fork()
-        if pid:
-            self._number_by_pid[pid] = number
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            return
+        """Does nothing once all are told to stop."""
+        with _undisturbed():  # until each knows what to do with a signal
+            if self._is_stopping:
+                return
+            log.info("process %d listens on port %d, too, alone", number + 1, self._ports.own[number])
+            self._began_at[number] = time.monotonic()
+            parent_pid = os.getpid()
+            pid = os.fork()
+            if pid:
+                self._number_by_pid[pid] = number
+            else:
+                self._be_child(number, parent_pid)
+
+    def _be_child(self, number: int, parent_pid: int) -> NoReturn:
         os.setsid()  # Ctrl-C reaches it once, from its parent
         for signal_number in SIGNALS:
             signal.signal(signal_number, signal.SIG_DFL)
@@ -93,21 +99,23 @@ class ApiProcesses:
 
     def _replace_the_dead(self) -> None:
         while self._number_by_pid:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-            if not pid:
-                return
-            number = self._number_by_pid.pop(pid)
-            if self._is_stopping:
-                continue
-            is_short = time.monotonic() - self._began_at[number] < SHORT_SECONDS
-            self._num_short_lives = self._num_short_lives + 1 if is_short else 0
-            code = os.waitstatus_to_exitcode(status)
-            if self._num_short_lives >= MAX_SHORT_LIVES:
-                log.error("API processes end soon after their start, the last one with exit code %d; giving up", code)
-                self._pass_on(signal.SIGTERM, None)
-            else:
-                log.warning("API process %d ended with exit code %d; another one takes its place", number + 1, code)
-                self._start(number)
+            with _undisturbed():  # or a signal would be passed on to one that is not there any more
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if not pid:
+                    return
+                number = self._number_by_pid.pop(pid)
+            if not self._is_stopping:
+                self._replace(number, os.waitstatus_to_exitcode(status))
+
+    def _replace(self, number: int, code: int) -> None:
+        is_short = time.monotonic() - self._began_at[number] < SHORT_SECONDS
+        self._num_short_lives = self._num_short_lives + 1 if is_short else 0
+        if self._num_short_lives >= MAX_SHORT_LIVES:
+            log.error("API processes end soon after their start, the last one with exit code %d; giving up", code)
+            self._pass_on(signal.SIGTERM, None)
+        else:
+            log.warning("API process %d ended with exit code %d; another one takes its place", number + 1, code)
+            self._start(number)
 
     def _pass_on(self, signal_number: int, _: FrameType | None) -> None:
         self._is_stopping = True
@@ -120,3 +128,13 @@ class ApiProcesses:
             if number != but:
                 for one in sockets:
                     one.close()
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals wait for the end of it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -107,3 +107,37 @@ def test_none_outlives_its_parent(group: Group) -> None:
     children = group.children
     group.process.kill()
     wait_until(lambda: not any(child.is_running() for child in children), "they have ended")
+
+
+#: The command is told to stop at the worst moment. Its second process waits for that; the first one ends by itself.
+STOPPED = """
+import os, signal, sys
+from api.processes import ApiProcesses
+
+own_pid = os.getpid()
+
+def at(name):
+    real = getattr(os, name)
+    def call(*arguments):
+        found = real(*arguments)
+        pid = found if name == "fork" else found[0]
+        if pid:
+            print(name, flush=True)
+            os.kill(own_pid, signal.SIGTERM)
+        return found
+    setattr(os, name, call)
+
+def serve(sockets, ports):
+    if sockets[1].getsockname()[1] != ports.own[0]:
+        signal.pause()
+
+at(sys.argv[1])
+sys.exit(ApiProcesses("127.0.0.1", 0, 2, serve).run())
+"""
+
+
+@pytest.mark.parametrize(("moment", "times"), [("waitpid", 2), ("fork", 1)])
+def test_it_stops_while_it_starts_one_or_takes_one_away(moment: str, times: int) -> None:
+    command = ending_with_us([sys.executable, "-c", STOPPED, moment])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, [moment] * times, "")
