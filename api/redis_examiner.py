@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -10,13 +10,14 @@ import redis.asyncio
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from api.reasons import Reason, ReasonCode
 from domain.addresses import RedisUrl
 from storage import certificates
 from storage.stream_channels import REDIS_OUTAGES
 
-CHECK_SECONDS = 2.0  # how long it may take to answer
+CHECK_SECONDS = 2.0  # how long a look may take
 SLOW_SECONDS, NUM_SLOW = 0.25, 3  # answers in a row, each of them slower than this; workers wait for 0.2 s
 INFO_SECONDS = 5.0  # between two looks at its settings
 PROBE = "celeriac.health"
@@ -59,8 +60,13 @@ class RedisExaminer:
 
     async def reasons(self) -> list[Reason]:
         """Writes, since Redis answers to a PING as well when it is full."""
+        answers: list[float] = []  # how long each took
         try:
-            return [*await self._slowness(await self._write()), *await self._evictions()]
+            async with asyncio.timeout(CHECK_SECONDS):
+                await self._time_writes(answers)
+                if answers[-1] < SLOW_SECONDS:
+                    await self._look_at_settings()
+            return [*slowness_reasons(answers), *self._eviction]
         except OutOfMemoryError:
             remedy = "raise its maxmemory; streams and starts are slower, nothing is lost"
             return [Reason(ReasonCode.REDIS_FULL, f"Redis has no memory left: {remedy}")]
@@ -69,41 +75,40 @@ class RedisExaminer:
             what = "no permission" if isinstance(exc, NoPermissionError) else str(exc).partition(".")[0]
             return [Reason(ReasonCode.REDIS_REFUSES, f"Redis refuses to write ({what}): see its log and its ACL")]
         except REDIS_OUTAGES as exc:
+            if answers and isinstance(exc, TimeoutError | RedisTimeoutError):  # it answers, but not soon enough
+                return [*slowness_reasons(answers), *self._eviction]
             return [outage(exc)]
 
     async def close(self) -> None:
         with suppress(*REDIS_OUTAGES):
             await self._client.aclose()
 
-    async def _write(self) -> float:
-        """How long it took."""
-        began_at = time.monotonic()
-        async with asyncio.timeout(CHECK_SECONDS):
+    async def _time_writes(self, answers: list[float]) -> None:
+        """One that took long is asked again, as this process may have been busy, if that can be answered in time: to
+        give up would close the connection, and a slow server is slow to give another."""
+        for _ in range(NUM_SLOW):
+            began_at = time.monotonic()
             await self._client.set(PROBE, "", ex=60)
-        return time.monotonic() - began_at
+            answers.append(time.monotonic() - began_at)
+            if answers[-1] < SLOW_SECONDS or sum(answers) + answers[-1] > CHECK_SECONDS:
+                return
 
-    async def _slowness(self, seconds: float) -> list[Reason]:
-        """One that took long is asked again, as this process may have been busy."""
-        fastest = seconds
-        for _ in range(NUM_SLOW - 1):
-            if fastest < SLOW_SECONDS:
-                return []
-            fastest = min(fastest, await self._write())
-        if fastest < SLOW_SECONDS:
-            return []
-        remedy = "see the load of its machine and the network to it; streams and starts are slower, nothing is lost"
-        return [Reason(ReasonCode.REDIS_SLOW, f"Redis takes {fastest:.1f} s for the simplest write: {remedy}")]
-
-    async def _evictions(self) -> list[Reason]:
+    async def _look_at_settings(self) -> None:
         if time.monotonic() - self._asked_at > INFO_SECONDS:
             self._asked_at = time.monotonic()
             try:
-                async with asyncio.timeout(CHECK_SECONDS):
-                    info: dict[str, Any] = await self._client.info("memory")
-            except (RedisError, TimeoutError):  # such as for want of the right, or of an answer: the next look tells
+                info: dict[str, Any] = await self._client.info("memory")
+            except RedisError:  # such as for want of the right: the next look tells
                 info = {}
             self._eviction = list(eviction_reasons(info))
-        return self._eviction
+
+
+def slowness_reasons(answers: Sequence[float]) -> Iterator[Reason]:
+    """`answers`: how many seconds each took."""
+    fastest = min(answers)
+    if fastest >= SLOW_SECONDS:
+        remedy = "see the load of its machine and the network to it; streams and starts are slower, nothing is lost"
+        yield Reason(ReasonCode.REDIS_SLOW, f"Redis takes {fastest:.1f} s for the simplest write: {remedy}")
 
 
 def eviction_reasons(info: dict[str, Any]) -> Iterator[Reason]:

@@ -1,10 +1,12 @@
 """What the client says of Redis becomes a reason with a remedy, and tells nobody where it is."""
 
+import asyncio
+
 import pytest
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from api.reasons import ReasonCode
-from api.redis_examiner import eviction_reasons, outage
+from api.redis_examiner import RedisExaminer, eviction_reasons, outage
 
 
 @pytest.mark.parametrize(
@@ -31,3 +33,26 @@ def test_a_policy_matters_where_there_is_a_limit() -> None:
     assert list(eviction_reasons({"maxmemory": 0, "maxmemory_policy": "volatile-lru"})) == []
     assert list(eviction_reasons({"maxmemory": 1, "maxmemory_policy": "noeviction"})) == []
     assert list(eviction_reasons({})) == [], "it may not be asked"
+
+
+@pytest.mark.anyio
+async def test_one_that_was_slow_and_then_answers_no_more_in_time_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.redis_examiner.SLOW_SECONDS", 0.0)  # so that the first answer is slow
+    writes: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            words = line.strip()
+            writes.extend([words] if words == b"SET" else [])
+            if words == b"HELLO":
+                writer.write(b"%1\r\n+proto\r\n:3\r\n")
+            elif words == b"CLIENT" or (words == b"SET" and len(writes) == 1):
+                writer.write(b"+OK\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        examiner = RedisExaminer(f"redis://127.0.0.1:{port}/0")
+        [reason] = await examiner.reasons()
+        await examiner.close()
+    assert (reason.code, len(writes)) == (ReasonCode.REDIS_SLOW, 2)
