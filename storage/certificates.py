@@ -6,6 +6,7 @@ import struct
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from sqlalchemy import Connection
@@ -59,19 +60,31 @@ class VerifiedServer:
 def postgres_server(connection: Connection) -> VerifiedServer | None:
     """The one of several that this connection leads to."""
     info = connection.connection.driver_connection.info  # type: ignore[union-attr]
-    told: Mapping[str, str] = info.get_parameters()
-    if told.get("sslmode") not in VERIFIES or info.host.startswith("/"):
+    return verified_postgres(info.get_parameters(), info.host, info.port)
+
+
+def verified_postgres(told: Mapping[str, str], host: str, port: int) -> VerifiedServer | None:
+    """`told` is what libpq was told, which leaves out where it looks without being told."""
+    if told.get("sslmode") not in VERIFIES or host.startswith("/"):
         return None
-    authorities = told.get("sslrootcert")
+    authorities, own_certificate, own_key = (
+        told.get(name) or _untold(file)
+        for name, file in (("sslrootcert", "root.crt"), ("sslcert", "postgresql.crt"), ("sslkey", "postgresql.key"))
+    )
     return VerifiedServer(
         "PostgreSQL",
-        info.host,
-        info.port,
+        host,
+        port,
         ASK_FOR_TLS,
         None if authorities == "system" else authorities,
-        told.get("sslcert"),
-        told.get("sslkey"),
+        own_certificate,
+        own_key,
     )
+
+
+def _untold(file: str) -> str | None:
+    path = Path.home() / ".postgresql" / file
+    return str(path) if path.exists() else None
 
 
 def redis_server(url: RedisUrl) -> VerifiedServer | None:

@@ -51,3 +51,17 @@ def test_that_of_postgresql(redis_server: EmbeddedRedis, certificate: tuple[Path
         server = VerifiedServer("PostgreSQL", "127.0.0.1", port, ASK_FOR_TLS, str(certificate[0]), None, None)
         assert server.expires_soon() == "the certificate of PostgreSQL expires in 2 days"
         serving.join()
+
+
+def test_postgresql_is_verified_by_what_libpq_finds_without_being_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder = tmp_path / ".postgresql"
+    folder.mkdir()
+    (folder / "root.crt").touch()
+    told = {"sslmode": "verify-full"}
+    for more, expected in ((told, str(folder / "root.crt")), ({"sslrootcert": "/a.crt"}, "/a.crt")):
+        server = certificates.verified_postgres(told | more, "db", 5432)
+        assert server is not None
+        assert (server.authorities, server.own_certificate) == (expected, None)
