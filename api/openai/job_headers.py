@@ -43,7 +43,7 @@ class JobHeaders:
         return (self.read_timeout_seconds or DEFAULT_READ_TIMEOUT_SECONDS) + RETRY_SECONDS
 
 
-NAMES = frozenset(
+NAMES = frozenset(  # of all that are read
     {
         b"cancel-after",
         b"idempotency-key",
@@ -67,7 +67,10 @@ def read_job_headers(headers: Headers) -> JobHeaders:
     found = [(name.decode(), value.decode("latin-1")) for name, value in headers.raw if name in NAMES]
     if not found:
         return NO_JOB_HEADERS
-    given = dict(reversed(found))  # of a name, the first counts
+    return _read(dict(reversed(found)))  # of a name, the first counts
+
+
+def _read(given: Mapping[str, str]) -> JobHeaders:
     read_timeout_seconds = _number(given.get("x-stainless-read-timeout", given.get("x-stainless-timeout")))
     keep_alive = _one_of(given, "X-Keep-Alive", "on", "off") or ("on" if read_timeout_seconds is None else "off")
     return JobHeaders(
