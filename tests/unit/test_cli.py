@@ -21,6 +21,7 @@ from celeriac import cli, jobs, tables, terminal
 from celeriac.access_options import LimitType
 from celeriac.client import Client, JobPage, JobSnapshot
 from celeriac.client.protocol import parse_events
+from celeriac.consoles import VisibleConsole
 from celeriac.terminal import explain
 from celeriac.up import Up
 from domain.errors import ModelNotFound
@@ -236,15 +237,13 @@ def test_a_taken_port_is_named_with_the_remedy(run: Any, command: str, setting: 
 
 
 def test_ids_and_paths_are_whole_in_a_pipe_and_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rich.console import Console
-
     raw = {"id": "job_" + "0" * 26, "status": "queued", "model": "m" * 70, "created_at": "2026-01-01T00:00:00+00:00"}
     job = JobSnapshot.of(raw | {"started_at": None, "finished_at": None})
     for width, is_terminal in ((60, True), (40, False)):
         monkeypatch.setenv("COLUMNS", str(width))
         written = io.StringIO()
-        console = Console(highlight=False, file=written, force_terminal=is_terminal)
-        monkeypatch.setattr(tables, "Console", lambda console=console, **_: console)
+        console = VisibleConsole(highlight=False, file=written, force_terminal=is_terminal)
+        monkeypatch.setattr(tables, "VisibleConsole", lambda console=console, **_: console)
         tables.show(tables.jobs_table([job]))
         assert job.id in written.getvalue()
         assert is_terminal or job.model in written.getvalue()
