@@ -33,10 +33,11 @@ from api.errors import ImpliedMethods, register_error_handlers
 from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
 from api.openai import batches, compact, conversations, files, inference, response_socket, responses
 from api.openai.files import FORM_BYTES
+from api.opening import open_services
 from api.pages import add_pages
 from api.root_path import UnderRootPath
 from api.routes import Application
-from api.services import AnyKeyRoute, open_services
+from api.services import AnyKeyRoute
 from domain.addresses import OriginPolicy, is_loopback
 from domain.catalog import Catalog
 from domain.errors import NotOffered

@@ -3,8 +3,8 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -18,20 +18,15 @@ from starlette.requests import HTTPConnection, Request
 
 from api.authentication import REMEMBER_SECONDS, Authenticator, Credential
 from api.errors import database_unavailable
-from api.examiner import Examiner, open_examiner
+from api.examiner import Examiner
 from api.known_bodies import KnownBodies
 from api.limits import (
     LargeWork,
     RequestPlaces,
     StreamPlaces,
-    places_of_downloads,
-    places_of_large_bodies,
-    places_of_uploads,
 )
 from api.openapi import NEEDS_KEY, REFUSALS
-from api.pools import MAX_READS, MAX_WRITES, open_pools
 from api.queue_monitor import QueueMonitor
-from api.reasons import installation_reasons
 from api.request_headers import header_of
 from api.routes import DirectRoute, Handler
 from api.scopes import scope_of
@@ -46,7 +41,7 @@ from domain.jobs import JobStatus
 from domain.limits import is_limited_context, note_caller, stream_limits_context
 from domain.requests import TokenChunk
 from domain.shares import SharedTurns, current_tenant
-from observability import EventLoopMonitor, describe_exception, key_id_context
+from observability import describe_exception, key_id_context
 from settings import Settings
 from storage import job_queries, jobs
 from storage.database import OUTAGES, repeatable, within
@@ -54,18 +49,15 @@ from storage.job_queries import JobRecord
 from storage.stream_channels import REDIS_OUTAGES, channel_of
 from storage.streams import StreamMessage, StreamReader
 from tasks import job_log
-from tasks.accept import open_acceptor
 from tasks.dispatch import Dispatcher
 from tasks.submit import Submitter
-from text.models import ModelViews, follow_models
+from text.models import ModelViews
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
 T = TypeVar("T")
-
-REDIS_TIMEOUT_SECONDS = 2.0
 
 DISK_FULL = "53100"  # PostgreSQL's SQLSTATE
 
@@ -259,61 +251,6 @@ class Services:
             log.warning("could not notify streams of a transition", extra={"reason": describe_exception(exc)})
 
 
-@asynccontextmanager
-async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[Services]:
-    """Neither the database nor Redis needs to be up: until they are, requests are refused."""
-    job_log.begin([entry.id for entry in catalog.entries], [])
-    views = await asyncio.to_thread(ModelViews, catalog)
-    async with AsyncExitStack() as stack:
-        await stack.enter_async_context(EventLoopMonitor())
-        pools = await stack.enter_async_context(open_pools(settings))
-        client = open_redis(settings.redis_url)
-        stack.push_async_callback(client.aclose)
-        dispatcher = Dispatcher(pools.system_statements, client, catalog, settings)
-        stack.push_async_callback(dispatcher.aclose)
-        acceptor = await stack.enter_async_context(open_acceptor(settings))
-        monitor = await stack.enter_async_context(QueueMonitor(pools.system_statements, catalog, settings))
-        submitter = Submitter(settings, views, acceptor, ring=dispatcher.ring, estimate=monitor.estimate)
-        stack.push_async_callback(submitter.aclose)
-        authenticator = Authenticator(pools.system_statements, is_open=settings.auth == "none")
-        stack.push_async_callback(authenticator.aclose)
-        is_shared = settings.auth != "none"
-        streams = StreamReader(settings.redis_url, pools.system_statements, is_shared=is_shared)
-        draining = Signal()
-        others = partial(installation_reasons, monitor, catalog, draining)
-        examiner = await stack.enter_async_context(open_examiner(settings, others))
-        large_work = LargeWork()
-        stack.callback(large_work.close)
-        services = Services(
-            settings=settings,
-            catalog=catalog,
-            views=views,
-            sessions=pools.sessions,
-            statements=pools.statements,
-            system_sessions=pools.system_sessions,
-            system_statements=pools.system_statements,
-            redis=client,
-            authenticator=authenticator,
-            submitter=submitter,
-            dispatcher=dispatcher,
-            monitor=monitor,
-            streams=await stack.enter_async_context(streams),
-            examiner=examiner,
-            draining=draining,
-            last_call=Signal(),
-            slots=StreamPlaces(settings.max_streams, is_shared=is_shared),
-            large_work=large_work,
-            uploads=places_of_uploads(settings.max_uploads, is_shared=is_shared),
-            downloads=places_of_downloads(is_shared=is_shared),
-            large_bodies=places_of_large_bodies(is_shared=is_shared),
-            read_turns=turns_of_queries(MAX_READS, is_shared=is_shared),
-            write_turns=turns_of_queries(MAX_WRITES, is_shared=is_shared),
-        )
-        stack.push_async_callback(services.cancel_spawned)
-        services.spawn(follow_models(views, on_check=submitter.prepare_grammars))
-        yield services
-
-
 async def _write(
     sessions: async_sessionmaker[AsyncSession],
     function: Callable[Concatenate[Session, P], T],
@@ -322,12 +259,6 @@ async def _write(
 ) -> T:
     async with sessions.begin() as session:
         return await session.run_sync(function, *args, **kwargs)
-
-
-def open_redis(url: str) -> "redis.asyncio.Redis":
-    return redis.asyncio.Redis.from_url(
-        url, socket_timeout=REDIS_TIMEOUT_SECONDS, socket_connect_timeout=REDIS_TIMEOUT_SECONDS
-    )
 
 
 def turns_of_queries(num_at_once: int, *, is_shared: bool) -> SharedTurns:

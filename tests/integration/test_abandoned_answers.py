@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from api.authentication import Authenticator
 from api.events import JobEventStream, JobToStream, Start
-from api.services import open_services
+from api.opening import open_services
 from domain.shares import current_tenant
 from settings import Settings
 from storage import job_queries, tenants

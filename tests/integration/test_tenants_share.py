@@ -11,8 +11,9 @@ import pytest
 from sqlalchemy import event, text
 from sqlalchemy.orm import Session, sessionmaker
 
+from api.opening import open_services
 from api.pools import MAX_WRITES
-from api.services import Services, open_services
+from api.services import Services
 from domain.shares import current_tenant
 from settings import Settings
 from storage import tenants, webhook_deliveries
