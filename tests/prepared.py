@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import traceback
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -68,7 +69,9 @@ class PreparedProcess:
     def __init__(self, pid: int, exit_fd: int) -> None:
         self.pid = pid
         self.returncode: int | None = None
-        self._exit_fd = exit_fd
+        # A test may wait for its end while another thread looks whether it has come: both select, one reads.
+        self._exit_fd, self._reading = exit_fd, threading.Lock()
+        weakref.finalize(self, os.close, exit_fd)
 
     def poll(self) -> int | None:
         return self._read_exit_code(0)
@@ -94,9 +97,10 @@ class PreparedProcess:
 
     def _read_exit_code(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self._exit_fd], [], [], timeout)[0]:
-            said = os.read(self._exit_fd, _NUMBER.size)
-            os.close(self._exit_fd)
-            self.returncode = _NUMBER.unpack(said)[0] if said else _ENDED_WITH_NURSERY
+            with self._reading:
+                if self.returncode is None:
+                    said = os.read(self._exit_fd, _NUMBER.size)
+                    self.returncode = _NUMBER.unpack(said)[0] if said else _ENDED_WITH_NURSERY
         return self.returncode
 
 

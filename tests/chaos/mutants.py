@@ -58,9 +58,9 @@ FILLS_NO_GAPS = Mutant(
     edits=(
         Edit(
             "storage/streams.py",
-            "                elif chunk.sequence_number > stream.last:\n                    stream.is_behind = True",
-            "                elif chunk.sequence_number > stream.last:\n"
-            "                    stream.last = chunk.sequence_number\n                    yield chunk",
+            "            elif chunk.sequence_number > self.last:\n                self.is_behind = True",
+            "            elif chunk.sequence_number > self.last:\n"
+            "                self.last = chunk.sequence_number\n                taken.append(chunk)",
         ),
     ),
     weights={"redis pause": 1, "redis kill": 1, "half-open redis": 2},
