@@ -261,10 +261,11 @@ def _service_of(model: str, read: QueueRead, share_of_lines: int) -> ModelServic
 def _order(
     loads: Mapping[UUID, Load], standings: Mapping[UUID, Standing], arrivals: Mapping[UUID, Arriving]
 ) -> FairOrder:
+    nothing = {tenant_id: Load() for tenant_id, one in standings.items() if one.num_running}
     present = {
-        tenant_id: TenantQueue(tenant_id, one.virtual_time, one.weight, one.num_running, loads.get(tenant_id, Load()))
-        for tenant_id, one in standings.items()
-        if tenant_id in loads or one.num_running
+        tenant_id: TenantQueue(tenant_id, one.virtual_time, one.weight, one.num_running, load)
+        for tenant_id, load in (nothing | dict(loads)).items()
+        if (one := standings.get(tenant_id)) is not None
     }
     if not present or not arrivals:
         return FairOrder(present.values())

@@ -263,21 +263,25 @@ def num_ends(lengths: Sequence[float]) -> int:
 
 def figures_of(rows: QueueRows) -> dict[str, QueueFigures]:
     """Figures by model; models without unfinished jobs are left out."""
-    groups: dict[str, dict[WaitingJob, WaitingGroup]] = {}
+    alike: dict[tuple[Any, ...], list[Row[Any]]] = {}  # by model and what they wait for
     loads: dict[str, dict[UUID, Load]] = {}
     for row in rows.waiting:
-        job, own = read_waiting_job(row), groups.setdefault(row.model, {})
-        group = own.get(job, WaitingGroup(job, 0, 0, 0.0))
-        oldest_seconds = max(group.oldest_seconds, row.oldest_seconds)
-        own[job] = WaitingGroup(job, group.num_jobs + row.num_jobs, group.cost + row.cost, oldest_seconds)
-        if row.num_to_run and not job.is_held_line:
-            by_tenant = loads.setdefault(row.model, {})
-            load = Load(row.num_to_run, row.cost, row.num_tokens)
-            by_tenant[row.tenant_id] = by_tenant.get(row.tenant_id, Load()).plus(load)
+        kind = row.model, row.lane, row.revision, row.is_held_line, row.is_delayed, row.is_paused
+        alike.setdefault(kind, []).append(row)
+        if row.num_to_run and not row.is_held_line:
+            by_tenant, load = loads.setdefault(row.model, {}), Load(row.num_to_run, row.cost, row.num_tokens)
+            first = by_tenant.setdefault(row.tenant_id, load)
+            if first is not load:
+                by_tenant[row.tenant_id] = first.plus(load)
+    groups: dict[str, list[WaitingGroup]] = {}
+    for (model, *_), own in alike.items():
+        num_jobs, cost = sum(row.num_jobs for row in own), sum(row.cost for row in own)
+        oldest_seconds = max(0.0, *(row.oldest_seconds for row in own))
+        group = WaitingGroup(read_waiting_job(own[0]), num_jobs, cost, oldest_seconds)
+        groups.setdefault(model, []).append(group)
     running = {row.model: row for row in rows.running}
     return {
-        model: _figures(list(groups.get(model, {}).values()), running.get(model), loads.get(model, {}))
-        for model in groups | running
+        model: _figures(groups.get(model, []), running.get(model), loads.get(model, {})) for model in groups | running
     }
 
 
