@@ -281,9 +281,11 @@ def estimate(
     if ahead.num_jobs + slots.num_running >= slots.num_slots:
         raw_start = _seconds_until_start(ahead, slots, pace, overtaking, age_seconds)
     raw_end = raw_start + pace.work(1, num_tokens)
+    start = pace.start_errors.near(raw_start).of(raw_start)
+    end = pace.end_errors.near(raw_end).of(raw_end)
     return Eta(
-        start=pace.start_errors.near(raw_start).of(raw_start),
-        end=pace.end_errors.near(raw_end).of(raw_end),
+        start=start,
+        end=Quantiles(*map(max, start, end)),  # corrected by other errors, but no job ends before it starts
         raw_start_seconds=raw_start,
         raw_end_seconds=raw_end,
         is_trustworthy=pace.start_errors.is_enough,

@@ -18,7 +18,8 @@ from storage.job_statements import CHARGE, CLOCK, EXCESS, FAIR_TIME, RANK
 
 NUM_NEWEST = 256  # records of a model; further back, the load was another
 
-# Rates are those of jobs that completed; errors are those of all first attempts: what was estimated, and what came. The
+# Rates are those of jobs that completed; errors are those of first attempts: what was estimated, and what came. Not of
+# cancelled ones: where many are cancelled together, each has started early because of the others. The
 # condition on the records is that of usage_records_model_idx, so that no others are read.
 PACES = text(f"""
 SELECT newest.model, count(*) FILTER (WHERE outcome = 'completed') AS num_jobs,
@@ -28,7 +29,7 @@ SELECT newest.model, count(*) FILTER (WHERE outcome = 'completed') AS num_jobs,
     sum(num_output_tokens) FILTER (WHERE outcome = 'completed')::float8
         / nullif(sum(num_allowed_tokens) FILTER (WHERE outcome = 'completed'), 0) AS token_share,
     array_agg(ARRAY[eta_start_seconds, queue_seconds] ORDER BY ended_at DESC)
-        FILTER (WHERE eta_start_seconds IS NOT NULL) AS starts,
+        FILTER (WHERE eta_start_seconds IS NOT NULL AND outcome <> 'cancelled') AS starts,
     array_agg(ARRAY[eta_end_seconds, queue_seconds + prefill_seconds + decode_seconds] ORDER BY ended_at DESC)
         FILTER (WHERE eta_end_seconds IS NOT NULL AND outcome = 'completed') AS ends
 FROM unnest(CAST(:models AS text[])) AS m(model) CROSS JOIN LATERAL (

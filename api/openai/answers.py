@@ -255,7 +255,9 @@ class WholeAnswer(Response):
             if ended.done():
                 answer = await self._whole_answer_after(ended)
             elif revoked.done():
-                answer = error_response(AuthenticationFailed("this API key was revoked during the request"))
+                answer = error_response(
+                    AuthenticationFailed("this API key was revoked or expired during the request; its job goes on")
+                )
             elif unserved.done():
                 answer = error_response(unserved.result())
             elif late.done():

@@ -77,6 +77,13 @@ def test_errors_of_ends_are_told_only_from_enough_of_them(session: Session) -> N
     assert not paces.read(session, [MODEL])[MODEL].end_errors.is_enough
 
 
+def test_jobs_that_were_cancelled_together_say_nothing_of_when_others_start(session: Session) -> None:
+    cancelled = {"outcome": "cancelled", "queue_seconds": 1.0}
+    session.add_all(record(number, **(cancelled if number % 2 else {})) for number in range(100))
+    session.flush()
+    assert paces.read(session, [MODEL])[MODEL].start_errors.near(10.0) == Quantiles(2.0, 2.0, 2.0)
+
+
 def test_lines_of_batches_and_ends_in_the_queue_do_not_hide_a_pace(session: Session) -> None:
     lines = [record(number, is_batch=True) for number in range(paces.NUM_NEWEST)]
     ends = [record(number, is_attempt=False) for number in range(paces.NUM_NEWEST)]

@@ -140,14 +140,21 @@ def test_short_and_long_waits_are_corrected_by_their_like() -> None:
     assert Errors(short[:5]).near(0.4) == UNKNOWN_ERRORS
 
 
+def test_no_job_ends_before_it_starts() -> None:
+    """As starts and ends are corrected by errors of their own."""
+    pace = replace(PACE, start_errors=Errors([(20.0, 200.0)] * 40), end_errors=Errors([(20.0, 20.0)] * 40))
+    estimated = estimate(Load(10, 0, 200), 20, Slots(1, 1, 20, 5), pace)
+    assert estimated.end == estimated.start
+
+
 def test_recent_errors_correct_an_estimate() -> None:
     spread = Errors([(0.5, error - FLOOR_SECONDS) for error in (1, 2, 4)] * 10)  # relative to 0.5 + FLOOR_SECONDS
-    pace = Pace(100, 1.0, 0.1, 0.5, start_errors=spread, end_errors=Errors([(1.0, 1.0)] * 30))
+    pace = Pace(100, 1.0, 0.1, 0.5, start_errors=spread, end_errors=Errors([(1.0, 10.0)] * 30))
     estimated = estimate(Load(10, 0, 200), 20, Slots(1, 1, 20, 5), pace)
     raw = estimated.raw_start_seconds
     assert estimated.is_trustworthy
     assert estimated.start == pytest.approx((raw, 2 * raw + FLOOR_SECONDS, 4 * raw + 3 * FLOOR_SECONDS))
-    assert estimated.end == pytest.approx((estimated.raw_end_seconds,) * 3)
+    assert estimated.end == pytest.approx((7 * estimated.raw_end_seconds + 6 * FLOOR_SECONDS,) * 3)
     assert estimated.stored == (raw, estimated.raw_end_seconds, estimated.start.p50, estimated.start.p90)
     assert Quantiles(0.1, 0.2, 0.3).of(0.0) == (0, 0, 0)
     unsure = estimate(Load(10, 0, 200), 20, Slots(1, 1, 20, 5), PACE)
