@@ -25,7 +25,7 @@ from dialects.openai_views import View
 from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
 from domain.job_options import JobOptions
 from domain.jobs import Endpoint, external_id
-from domain.requests import GenerationRequest, GenerationResult, TokenChunk
+from domain.requests import GenerationRequest, GenerationResult, TokenChunk, is_whole_output
 from storage import job_queries
 from storage.job_queries import JobRecord
 from tasks.prepare import resolve_params
@@ -221,6 +221,8 @@ async def find_answered(services: Services, tenant_id: UUID, generation: Generat
     except ValidationError:  # it cannot be read, so it answers nobody
         return None
     if record is None or not isinstance(record.request, GenerationRequest):
+        return None
+    if not is_whole_output(record.result, record.job.kind):
         return None
     stored = record.request.params
     # Same prompt and revision, so the token count of that job applies.

@@ -412,6 +412,13 @@ def kind_of(value: Any) -> str:
     return str(kind or JobKind.GENERATION)
 
 
+def is_whole_output(result: JobOutput | None, kind: str) -> bool:
+    """Whether this may be what a completed job of this kind has stored; not so, if somebody else has written it."""
+    if kind == JobKind.EMBEDDING:
+        return isinstance(result, EmbeddingResult)
+    return isinstance(result, GenerationResult) and bool(result.choices)
+
+
 REQUEST: TypeAdapter[JobRequest] = TypeAdapter(
     Annotated[
         Annotated[GenerationRequest, Tag("generation")] | Annotated[EmbeddingRequest, Tag("embedding")],

@@ -16,6 +16,7 @@ All functions are synchronous on a `Session` and do not commit.
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -26,7 +27,7 @@ from sqlalchemy import JSON, Row, text
 from sqlalchemy.orm import Session
 
 from domain.jobs import FinishReason, JobStatus, Lane
-from domain.requests import RESULT, JobOutput
+from domain.requests import RESULT, JobOutput, is_whole_output
 from storage.answers import forget
 from storage.job_accept import Accepted, AcceptOutcome, NewJob, document_of, row_of
 from storage.job_queries import JobRecord
@@ -112,19 +113,23 @@ def _find(
     session: Session, asking: Sequence[NewJob], max_age_seconds: float
 ) -> dict[tuple[UUID, bytes | None], tuple[UUID, JobOutput]]:
     """The leader and its output by what was asked."""
-    questions = dict.fromkeys((job.tenant_id, job.answer_key) for job in asking)
+    kinds = {(job.tenant_id, job.answer_key): job.request.kind for job in asking}
     parameters = {
-        "tenant_ids": [tenant_id for tenant_id, _ in questions],
-        "keys": Packed(key for _, key in questions),
+        "tenant_ids": [tenant_id for tenant_id, _ in kinds],
+        "keys": Packed(key for _, key in kinds),
         "max_age_seconds": max_age_seconds,
     }
     found: dict[tuple[UUID, bytes | None], tuple[UUID, JobOutput]] = {}
     unreadable: list[UUID] = []
     for row in session.execute(FIND, parameters):
-        try:
-            found[row.tenant_id, bytes(row.key)] = row.leader_id, RESULT.validate_python(row.result)
-        except ValidationError:
+        key = row.tenant_id, bytes(row.key)
+        result: JobOutput | None = None
+        with suppress(ValidationError):
+            result = RESULT.validate_python(row.result)
+        if result is None or not is_whole_output(result, kinds[key]):
             unreadable.append(row.leader_id)
+            continue
+        found[key] = row.leader_id, result
     if unreadable:
         log.warning("answers that cannot be read are forgotten", extra={"num_jobs": len(unreadable)})
         forget(session, unreadable)

@@ -24,7 +24,8 @@ from pydantic import ValidationError
 from sqlalchemy import ARRAY, JSON, Row, Uuid, any_, bindparam, case, func, select, text, type_coerce
 from sqlalchemy.orm import Session
 
-from domain.requests import RESULT, JobOutput
+from domain.jobs import JobKind
+from domain.requests import RESULT, JobOutput, is_whole_output
 from storage.job_accept import NewJob
 from storage.job_ends import told
 from storage.job_queries import JobRecord
@@ -178,7 +179,7 @@ def answer(session: Session, new_jobs: Sequence[NewJob], *, max_age_seconds: flo
     if not completed:
         return {}
     rows = session.execute(COMPLETE, {"ids": [one.job_id for one in completed]}).all()
-    result_by_leader = _read_results({job.answered_by: result for job, result in rows if result is not None})
+    result_by_leader = _read_results({job.answered_by: (job.kind, raw) for job, raw in rows if raw is not None})
     unreadable = {job.answered_by for job, _ in rows} - result_by_leader.keys()
     if unreadable:
         raise UnreadableAnswers(sorted(unreadable))
@@ -186,12 +187,14 @@ def answer(session: Session, new_jobs: Sequence[NewJob], *, max_age_seconds: flo
     return {job.id: _record(job, result_by_leader[job.answered_by], new_job_by_id[job.id]) for job, _ in rows}
 
 
-def _read_results(raw_by_leader: Mapping[UUID, object]) -> dict[UUID, JobOutput]:
+def _read_results(raw_by_leader: Mapping[UUID, tuple[JobKind, object]]) -> dict[UUID, JobOutput]:
     """Those that can be read."""
     results: dict[UUID, JobOutput] = {}
-    for leader_id, raw in raw_by_leader.items():
+    for leader_id, (kind, raw) in raw_by_leader.items():
         with suppress(ValidationError):
-            results[leader_id] = RESULT.validate_python(raw)
+            result = RESULT.validate_python(raw)
+            if is_whole_output(result, kind):
+                results[leader_id] = result
     return results
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+from sqlalchemy import text
 
 from domain.catalog import Catalog
 from domain.jobs import JobStatus, parse_id
@@ -66,14 +67,14 @@ def test_generate_runs_a_job_for_each_of_several_prompts_in_their_order(simple: 
 def test_generate_stream_brings_tokens_and_then_the_whole(simple: httpx.Client, rig: Rig) -> None:
     response = simple.post("/generate_stream", json={"prompt": "Once", "max_tokens": 12})
     assert response.headers["content-type"].startswith("text/event-stream")
-    text = expected(rig, "Once", response.headers["x-job-id"], 12)
+    whole = expected(rig, "Once", response.headers["x-job-id"], 12)
     blocks = [block for block in response.text.split("\n\n") if block]
     *tokens, last = [json.loads(block.removeprefix("data: ")) for block in blocks]
     assert all(set(token) == {"token", "index"} and set(token["token"]) == {"text"} for token in tokens)
-    assert "".join(token["token"]["text"] for token in tokens) == text
+    assert "".join(token["token"]["text"] for token in tokens) == whole
     assert tokens[0]["index"] == 0
     assert [token["index"] for token in tokens] == sorted({token["index"] for token in tokens})
-    assert last == {"generated_text": text, "finish_reason": "length", "tokens_generated": 12, "done": True}
+    assert last == {"generated_text": whole, "finish_reason": "length", "tokens_generated": 12, "done": True}
 
 
 def test_chat_answers_with_its_text_alone(simple: httpx.Client) -> None:
@@ -101,6 +102,25 @@ def test_a_deterministic_request_is_answered_by_the_job_that_was_the_same(
     assert (second["text"], second["request_id"]) == (first["text"], first["request_id"])
     others = [body | {"prompt": "Twice"}, body | {"max_tokens": 5}, body | {"top_p": 0.5}, body | {"use_cache": False}]
     assert [ask(simple, "/api/v1/infer", **other)["cached"] for other in others] == [False] * 4
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "null",
+        '{"oops": 1}',
+        '{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}',
+        '{"kind": "embedding", "embeddings": [], "dimensions": 1, "usage": {"prompt_tokens": 1}}',
+    ],
+)
+def test_an_answer_that_cannot_be_read_answers_nobody(simple: httpx.Client, rig: Rig, result: str) -> None:
+    body = {"prompt": "Once", "max_tokens": 6, "temperature": 0}
+    first = ask(simple, "/api/v1/infer", **body)
+    with rig.sessions.begin() as session:
+        session.execute(text("UPDATE job_results SET result = CAST(:result AS json)"), {"result": result})
+    second, third = ask(simple, "/api/v1/infer", **body), ask(simple, "/api/v1/infer", **body)
+    assert (second["cached"], third["cached"]) == (False, True)
+    assert second["request_id"] == third["request_id"] != first["request_id"]
 
 
 def test_what_is_left_to_chance_is_never_answered_from_the_cache(simple: httpx.Client) -> None:

@@ -299,7 +299,12 @@ def test_an_answer_that_is_gone_is_a_miss(client: httpx.Client, hand_worker: Han
     assert ask(client).json()["output"]["text"] == "Hello again"
 
 
-@pytest.mark.parametrize("result", ['{"oops": 1}', "[]", "null"])
+NO_CHOICE = '{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}'
+
+VECTORS = '{"kind": "embedding", "embeddings": [], "dimensions": 1, "usage": {"prompt_tokens": 1}}'
+
+
+@pytest.mark.parametrize("result", ['{"oops": 1}', "[]", "null", "7", '"a"', NO_CHOICE, VECTORS])
 def test_an_answer_that_cannot_be_read_is_a_miss(
     client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions, result: str
 ) -> None:
