@@ -23,6 +23,7 @@ from starlette.responses import Response
 from api.events import (
     JobToStream,
     event_of,
+    read_ended,
     retry_until_storage_answers,
     terminal_id,
 )
@@ -325,12 +326,10 @@ async def _frames(asked: DurableRead) -> AsyncGenerator[bytes, None]:
                 last = event.sequence_number
                 yield _data(asked, message) + _control(asked, last, is_up_to_date=last >= tail, is_closed=False)
             elif event.status not in (JobStatus.QUEUED, JobStatus.IN_PROGRESS):
-                record = await retry_until_storage_answers(
-                    lambda: asked.services.read(job_queries.get, job.id, job.tenant_id)
-                )
-                if record is not None:
-                    closing = _control(asked, terminal_id(record.job), is_up_to_date=True, is_closed=True)
-                    yield _data(asked, await _end_message(asked, record)) + closing
+                ended = await retry_until_storage_answers(lambda: read_ended(asked.services, job.id, job.tenant_id))
+                if ended is not None:
+                    closing = _control(asked, terminal_id(ended[0]), is_up_to_date=True, is_closed=True)
+                    yield _data(asked, asked.content.of_end(ended[1])) + closing
 
 
 def _data(asked: DurableRead, message: bytes) -> bytes:

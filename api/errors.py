@@ -32,6 +32,7 @@ from domain.errors import (
     InsufficientQuota,
     InvalidRequest,
     JobFailure,
+    JobUnreadable,
     LimitReached,
     NotFound,
     NotOffered,
@@ -173,7 +174,8 @@ def error_response(exc: CeleriacError) -> Response:
     if isinstance(exc, Overloaded):
         headers["retry-after"] = str(_retry_after(exc))
     is_lasting = isinstance(
-        exc, DeadlineExceeded | JobFailure | InsufficientQuota | NotOffered | StorageFull | TokenBudgetSpent
+        exc,
+        DeadlineExceeded | JobFailure | JobUnreadable | InsufficientQuota | NotOffered | StorageFull | TokenBudgetSpent,
     )
     if is_lasting and not exc.retryable:
         headers["x-should-retry"] = "false"

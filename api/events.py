@@ -17,11 +17,13 @@ from uuid import UUID
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from api.limits import size_of
 from api.services import Services
 from api.sse import frame
-from dialects.native import PartialChoiceView, QueueView, job_view
-from domain.errors import InvalidCursor, ServerOverloaded, StorageUnavailable
-from domain.jobs import JobStatus, external_id
+from dialects.errors import job_error_view
+from dialects.native import JobView, PartialChoiceView, QueueView, job_view
+from domain.errors import InvalidCursor, JobUnreadable, ServerOverloaded, StorageUnavailable
+from domain.jobs import JobError, JobStatus, external_id
 from domain.requests import TokenChunk
 from storage import job_queries
 from storage.job_queries import CHUNKS_PER_READ
@@ -177,10 +179,27 @@ class JobEventStream:
 
 
 async def _read_terminal_frames(services: Services, job_id: UUID, tenant_id: UUID) -> list[bytes]:
-    record = await services.read(job_queries.get, job_id, tenant_id)
-    if record is None:
+    ended = await read_ended(services, job_id, tenant_id)
+    if ended is None:
         return []
-    return [frame(f"job.{record.job.status.value}", job_view(record), id=terminal_id(record.job))]
+    job, view = ended
+    return [frame(f"job.{job.status.value}", view, id=terminal_id(job))]
+
+
+async def read_ended(services: Services, job_id: UUID, tenant_id: UUID) -> tuple[Job, JobView] | None:
+    """A job that has ended, as its stream shows it at last; None if it was deleted. One whose output cannot be read
+    has the error instead, as a stream that has begun has no other answer left."""
+    try:
+        record = await services.read(job_queries.get, job_id, tenant_id)
+    except JobUnreadable as exc:
+        record = await services.read(job_queries.get, job_id, tenant_id, with_result=False)
+        if record is None:
+            return None
+        error = job_error_view(JobError(code=exc.code, message=exc.message, retryable=exc.retryable))
+        return record.job, {**job_view(record), "error": error}
+    if record is None:
+        return None
+    return record.job, await services.large_work.run(size_of(record.result), job_view, record)
 
 
 def encode_chunk(chunk: TokenChunk, job_id: str, *, with_token_ids: bool) -> bytes:

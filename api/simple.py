@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
-from pydantic import Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -22,10 +22,10 @@ from api.services import Services, caller_of, private_router
 from dialects.aliases import MAX_TOKENS, SAMPLING
 from dialects.openai import SamplingBody, Strings, build, spelling_of_params, strings
 from dialects.openai_views import View
-from domain.errors import InvalidRequest, ServerOverloaded, TooManyQueuedJobs
+from domain.errors import InvalidRequest, JobUnreadable, ServerOverloaded, TooManyQueuedJobs
 from domain.job_options import JobOptions
 from domain.jobs import Endpoint, external_id
-from domain.requests import GenerationRequest, GenerationResult, TokenChunk, is_whole_output
+from domain.requests import GenerationRequest, GenerationResult, TokenChunk
 from storage import job_queries
 from storage.job_queries import JobRecord
 from tasks.prepare import resolve_params
@@ -218,11 +218,9 @@ async def find_answered(services: Services, tenant_id: UUID, generation: Generat
     key = request_hash(generation, JobOptions(endpoint=Endpoint.SIMPLE))
     try:
         record = await services.read(job_queries.find_completed, tenant_id, key, model_revision=view.revision)
-    except ValidationError:  # it cannot be read, so it answers nobody
+    except JobUnreadable:  # it cannot be read, so it answers nobody
         return None
     if record is None or not isinstance(record.request, GenerationRequest):
-        return None
-    if not is_whole_output(record.result, record.job.kind):
         return None
     stored = record.request.params
     # Same prompt and revision, so the token count of that job applies.

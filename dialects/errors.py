@@ -14,6 +14,7 @@ from domain.errors import (
     StartTimeoutExceeded,
 )
 from domain.jobs import JobError, JobStatus, external_id
+from storage import job_queries
 from storage.job_queries import JobRecord
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ HTTP_BY_CODE: dict[str, HttpError] = {
     "deadline_exceeded": HttpError(504, "server_error"),
     "start_timeout_exceeded": HttpError(504, "server_error"),
     "run_timeout_exceeded": HttpError(504, "server_error"),
+    "job_unreadable": HttpError(500, "server_error"),
     "job_cancelled": HttpError(410, "gone"),
     "job_failed": HttpError(500, "server_error"),
     "engine_error": HttpError(500, "server_error"),
@@ -129,8 +131,10 @@ def refuse_unfinished(record: JobRecord) -> None:
         cls = classes.get(job.error.code if job.error is not None else "", DeadlineExceeded)
         reason = job.error.message if cls is not DeadlineExceeded and job.error is not None else _LATE
         raise cls(f"{name} has expired, as {reason}; its partial output is at /v1/jobs/{name}/output")
-    if job.status is JobStatus.FAILED or record.result is None:
+    if job.status is JobStatus.FAILED:
         raise _failure(record)
+    if record.result is None:
+        raise job_queries.unreadable(job.id)
 
 
 def _failure(record: JobRecord) -> CeleriacError:

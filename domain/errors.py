@@ -47,6 +47,7 @@ CeleriacError
 ├── DeadlineExceeded               deadline_exceeded
 │   ├── StartTimeoutExceeded       start_timeout_exceeded: the job was not started within its start timeout
 │   └── RunTimeoutExceeded         run_timeout_exceeded: it ran for longer than its run timeout
+├── JobUnreadable                  job_unreadable: what is stored of the job is not what we have written
 ├── JobCancelled                   job_cancelled: the job that this request waits for was cancelled
 └── JobFailure                     why a job failed; stored as its JobError
     ├── EngineError                engine_error: the model could not run this sequence
@@ -274,6 +275,10 @@ class StartTimeoutExceeded(DeadlineExceeded):
 
 class RunTimeoutExceeded(DeadlineExceeded):
     code = "run_timeout_exceeded"
+
+
+class JobUnreadable(CeleriacError):
+    code = "job_unreadable"
 
 
 class JobCancelled(CeleriacError):

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from itertools import accumulate
 from uuid import UUID
 
-from sqlalchemy import exists, func, select, text
+from sqlalchemy import JSON, exists, func, select, text, type_coerce
 from sqlalchemy.orm import Session
 
 from domain.jobs import BATCH_PRIORITY, MIN_PRIORITY, LineOutcome, LineRefusal
 from storage.files import UNFINISHED, Batch, BatchLine
-from storage.job_queries import JobRecord
+from storage.job_queries import JobRecord, readable_result
 from storage.job_statements import (
     AGEING_SECONDS,
     CLOCK,
@@ -216,11 +216,11 @@ def ended_lines(
     found = session.execute(statement.order_by(BatchLine.line).limit(limit)).all()
     lines = [row[0] for row in found[: num_within([row[1] for row in found], max_bytes)]]
     rows = session.execute(
-        select(Job, JobResult.result)
+        select(Job, type_coerce(JobResult.result, JSON))
         .outerjoin(JobResult, JobResult.job_id == Job.id)
         .where(Job.id.in_([line.job_id for line in lines if line.job_id is not None]))
     )
-    record_by_id = {row[0].id: JobRecord(row[0], None, row[1]) for row in rows}
+    record_by_id = {job.id: JobRecord(job, None, readable_result(job, raw)) for job, raw in rows}
     return [EndedLine(line, record_by_id.get(line.job_id) if line.job_id is not None else None) for line in lines]
 
 

@@ -7,18 +7,21 @@ of a retried request, finding an answer for a repeated one, delivery marks, and 
 # ruff: noqa: S608  (only constants of this module are inserted into the text; values are bound)
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
-from sqlalchemy import ColumnElement, Select, bindparam, case, literal, select, text, update
+from pydantic import ValidationError
+from sqlalchemy import JSON, ColumnElement, Select, bindparam, case, literal, select, text, type_coerce, update
 from sqlalchemy.orm import Session
 
-from domain.jobs import MIN_PRIORITY, Endpoint, JobStatus, first_id
+from domain.errors import JobUnreadable
+from domain.jobs import MIN_PRIORITY, Endpoint, JobStatus, external_id, first_id
 from domain.model_names import parse_model_name
-from domain.requests import JobOutput, JobRequest, TokenChunk
+from domain.requests import RESULT, JobOutput, JobRequest, TokenChunk, is_whole_output
 from storage.job_metadata import entries_of
 from storage.job_statements import CLOCK
 from storage.tables import Job, JobAttempt, JobChunk, JobPayload, JobResult, Worker
@@ -79,13 +82,40 @@ WORKER_NAME = case(
 def get(
     session: Session, job_id: UUID, tenant_id: UUID, *, with_request: bool = False, with_result: bool = True
 ) -> JobRecord | None:
-    """The job, or None if the tenant has no such job."""
+    """The job, or None if the tenant has no such job. Raises JobUnreadable, if its input or output was asked for."""
     statement = _get_statement(with_request, with_result)
-    row = session.execute(statement, {"job_id": job_id, "tenant_id": tenant_id}).one_or_none()
+    try:
+        row = session.execute(statement, {"job_id": job_id, "tenant_id": tenant_id}).one_or_none()
+    except ValidationError as exc:
+        raise unreadable(job_id) from exc
     if row is None:
         return None
     session.expunge(row[0])
-    return JobRecord(*row)
+    record = JobRecord(*row)
+    if with_result and not _is_whole(record.job, record.result):
+        raise unreadable(job_id)
+    return record
+
+
+def unreadable(job_id: UUID) -> JobUnreadable:
+    return JobUnreadable(
+        f"what is stored of {external_id(job_id)} cannot be read: it was changed, or a newer release wrote it; send "
+        "its request again, and tell the operator"
+    )
+
+
+def readable_result(job: Job, raw: object) -> JobOutput | None:
+    """The result of an ended job as it is stored; None if it has none, or none that can be read."""
+    if raw is None:
+        return None
+    with suppress(ValidationError):
+        result = RESULT.validate_python(raw)
+        return result if _is_whole(job, result) else None
+    return None
+
+
+def _is_whole(job: Job, result: JobOutput | None) -> bool:
+    return job.status is not JobStatus.COMPLETED or is_whole_output(result, job.kind)
 
 
 @lru_cache
@@ -299,9 +329,9 @@ def list_stored(
     order: Literal["asc", "desc"],
 ) -> list[JobRecord]:
     """One page, in the order of ids, of completed jobs that were requested with store=true, with requests and
-    results."""
+    results. Raises JobUnreadable."""
     statement = (
-        select(Job, JobPayload.request, JobResult.result)
+        select(Job, JobPayload.request, type_coerce(JobResult.result, JSON))
         .join(JobPayload, JobPayload.job_id == Job.id)
         .join(JobResult, JobResult.job_id == Job.id)
         .where(Job.tenant_id == tenant_id, Job.endpoint == endpoint, Job.is_stored)
@@ -313,7 +343,11 @@ def list_stored(
     rows = session.execute(statement.execution_options(populate_existing=True)).all()
     for row in rows:
         session.expunge(row[0])
-    return [JobRecord(*row) for row in rows]
+    records = [JobRecord(job, request, readable_result(job, raw)) for job, request, raw in rows]
+    for record in records:
+        if record.result is None:
+            raise unreadable(record.job.id)
+    return records
 
 
 def set_metadata(session: Session, job_id: UUID, tenant_id: UUID, metadata: Mapping[str, str]) -> None:

@@ -23,7 +23,7 @@ from dialects.openai_response_objects import (
 )
 from dialects.openai_response_output import ResponseEvent, ResponseOutput
 from dialects.openai_response_requests import ResponseBody
-from domain.errors import CeleriacError, JobNotFound, ServerOverloaded
+from domain.errors import CeleriacError, JobNotFound, JobUnreadable, ServerOverloaded
 from domain.jobs import external_id
 from domain.requests import TokenChunk
 from storage import job_queries
@@ -87,9 +87,12 @@ class ResponseStream:
 
     async def _end(self) -> list[ResponseEvent]:
         job = self._record.job
-        record = await retry_until_storage_answers(
-            lambda: self._services.read(job_queries.get, job.id, job.tenant_id, with_request=True)
-        )
+        try:
+            record = await retry_until_storage_answers(
+                lambda: self._services.read(job_queries.get, job.id, job.tenant_id, with_request=True)
+            )
+        except JobUnreadable as exc:
+            return [error_event(exc)]
         if record is None:
             return [error_event(JobNotFound(f"{external_id(job.id, 'resp')} was deleted"))]
         self._record = record

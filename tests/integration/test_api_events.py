@@ -14,7 +14,9 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter
+from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
+from sqlalchemy.orm import Session, sessionmaker
 
 from api import events as job_events
 from api.model_queues import UNKNOWN_PLACE
@@ -53,6 +55,28 @@ def test_a_finished_job_is_replayed_byte_for_byte(http: httpx.Client, finished: 
     output: Any = job["output"]
     assert output["text"] == text_of(events)
     assert events[-1].data == http.get(f"/v1/jobs/{finished}").json()
+
+
+@pytest.mark.parametrize("result", ["null", '{"oops": 1}', "[7]", '{"kind": "embedding"}'])
+def test_a_job_whose_output_was_overwritten_says_so_everywhere(
+    http: httpx.Client, finished: str, session_factory: sessionmaker[Session], result: str
+) -> None:
+    with session_factory.begin() as session:
+        session.execute(text("UPDATE job_results SET result = CAST(:result AS json)"), {"result": result})
+    for path in ("", "?include=input", "/output", "/stream"):
+        answer = http.get(f"/v1/jobs/{finished}{path}")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (500, "job_unreadable"), path
+        assert finished in answer.json()["error"]["message"]
+        assert answer.headers["x-should-retry"] == "false"
+    events = all_events(http, finished)
+    assert text_of(events) == "".join(TEXTS)
+    assert (events[-1].name, events[-1].id) == ("job.completed", "9")
+    assert (events[-1].data["output"], events[-1].data["error"]["code"]) == (None, "job_unreadable")
+    durable = http.get(f"/v1/jobs/{finished}/stream", params={"live": "sse", "offset": "-1"}).text
+    assert "job_unreadable" in durable
+    assert '"streamClosed":true' in durable
+    assert http.get("/v1/jobs").json()["data"][0]["id"] == finished
+    assert http.delete(f"/v1/jobs/{finished}").status_code == 200
 
 
 def test_a_snapshot_waits_for_a_database_that_is_away(
@@ -290,16 +314,16 @@ def test_a_reader_that_is_cut_off_anywhere_sees_every_event_once(
     seen: list[tuple[str, str | None, str]] = []
     num_said = 0
     for cut in sorted(min(cut, len(texts)) for cut in cuts):
-        for text in texts[num_said:cut]:
-            hand_worker.say(job, text, first=num_said + 1, is_published=is_published[num_said])
+        for one in texts[num_said:cut]:
+            hand_worker.say(job, one, first=num_said + 1, is_published=is_published[num_said])
             num_said += 1
         with open_events(http, job_id, params={"starting_after": len(seen)}) as events:
             for event in events:
                 seen += numbered([event])
                 if len(seen) >= num_said:
                     break
-    for text in texts[num_said:]:
-        hand_worker.say(job, text, first=num_said + 1)
+    for one in texts[num_said:]:
+        hand_worker.say(job, one, first=num_said + 1)
         num_said += 1
     hand_worker.finish(job, *texts)
     seen += numbered(all_events(http, job_id, params={"starting_after": len(seen)}))
