@@ -38,6 +38,7 @@ from api.inputs import (
 )
 from api.limits import size_of
 from api.model_queues import queue_headers
+from api.openai.job_headers import read_job_headers, with_headers
 from api.openapi import EVENTS, TEXT, request_body
 from api.request_headers import header_of
 from api.root_path import link
@@ -129,7 +130,8 @@ async def _submit(request: Request, content: bytes) -> Submitted:
 
 async def _submit_body(request: Request, body: JobBody | EmbeddingJobBody, asked: JobRequest) -> Submitted:
     services, tenant_id = caller_of(request)
-    return await services.submitter.submit(tenant_id, asked, body.to_options(idempotency_key(request, body)))
+    options = with_headers(body.to_options(idempotency_key(request, body)), body, read_job_headers(request.headers))
+    return await services.submitter.submit(tenant_id, asked, options)
 
 
 @router.get("/v1/jobs", **listing(JobListView, ListQuery))

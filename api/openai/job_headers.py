@@ -1,17 +1,17 @@
-"""The job options that a request to an OpenAI-like route has in headers."""
+"""The job options that a request has in headers: to an OpenAI-like route, or to POST /v1/jobs."""
 
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from starlette.datastructures import Headers
 
 from api.inputs import parse_idempotency_key
-from dialects.native import WEEK_SECONDS
+from dialects.native import WEEK_SECONDS, JobOptionFields
 from domain.errors import InvalidRequest
-from domain.job_options import NO_TIMEOUTS, Timeouts
+from domain.job_options import NO_TIMEOUTS, JobOptions, Timeouts
 from domain.webhooks import MAX_URL_BYTES
 
 DEFAULT_READ_TIMEOUT_SECONDS = 600.0  # the default of the SDKs
@@ -68,6 +68,24 @@ def read_job_headers(headers: Headers) -> JobHeaders:
     if not found:
         return NO_JOB_HEADERS
     return _read(dict(reversed(found)))  # of a name, the first counts
+
+
+def with_headers(options: JobOptions, body: JobOptionFields, given: JobHeaders) -> JobOptions:
+    """The options of the body, and from the headers those that it leaves out. Raises InvalidRequest."""
+    if given == NO_JOB_HEADERS:
+        return options
+    if body.celery is not None and given.webhook_url is not None:
+        raise InvalidRequest("X-Webhook and celery are both set; send only one of them", param="celery")
+    own = Timeouts(options.start_timeout_seconds, options.run_timeout_seconds).or_else(given.timeouts)
+    priority = options.priority if given.priority is None or "priority" in body.model_fields_set else given.priority
+    return replace(
+        options,
+        priority=priority,
+        start_timeout_seconds=own.start_seconds,
+        run_timeout_seconds=own.run_seconds,
+        deadline_after_seconds=given.cancel_after_seconds if body.deadline is None else None,
+        webhook_url=given.webhook_url if body.webhook is None else body.webhook,
+    )
 
 
 def _read(given: Mapping[str, str]) -> JobHeaders:

@@ -181,6 +181,46 @@ def test_header_and_body_must_name_the_same_key(http: httpx.Client) -> None:
 # Output
 
 
+HEADERS = {
+    "cancel-after": "1h",
+    "x-start-timeout": "5m",
+    "x-run-timeout": "60s",
+    "x-priority": "-7",
+}
+
+
+def test_headers_are_options_unless_the_body_has_them(http: httpx.Client) -> None:
+    answer = http.post("/v1/jobs", json=body(), headers=HEADERS)
+    assert answer.status_code == 202, answer.text
+    job = answer.json()
+    assert (job["start_timeout"], job["run_timeout"], job["priority"]) == (300.0, 60.0, -7)
+    assert 3_590 < _seconds_between(job["created_at"], job["deadline"]) < 3_610
+    deadline = (datetime.now(UTC) + timedelta(hours=2)).isoformat()
+    own = body(start_timeout=7, run_timeout=8, priority=0, deadline=deadline)
+    job = http.post("/v1/jobs", json=own, headers=HEADERS).json()
+    assert (job["start_timeout"], job["run_timeout"], job["priority"]) == (7.0, 8.0, 0)
+    assert _seconds_between(job["created_at"], job["deadline"]) > 7_000
+
+
+def _seconds_between(first: str, second: str) -> float:
+    return (datetime.fromisoformat(second) - datetime.fromisoformat(first)).total_seconds()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("X-Start-Timeout", "banana"),
+        ("X-Run-Timeout", "0"),
+        ("Cancel-After", "x"),
+        ("X-Priority", "77"),
+        ("X-Webhook", "nonsense"),
+    ],
+)
+def test_bad_options_in_headers_are_refused(http: httpx.Client, name: str, value: str) -> None:
+    answer = http.post("/v1/jobs", json=body(), headers={name: value})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_value"), answer.text
+
+
 def test_output_is_text_or_json_as_accepted(http: httpx.Client, hand_worker: HandWorker) -> None:
     job_id = post_job(http)["id"]
     hand_worker.run(job_id, "<b>1</b>", "\n2")
