@@ -206,10 +206,16 @@ async def _buckets(
 ) -> Response:
     width = SECONDS_BY_WIDTH[query.bucket_width]
     limit = _limit(query)
+    if query.end_time is not None and not query.start_time < query.end_time:
+        raise InvalidRequest(
+            f"start_time is {query.start_time} and end_time is {query.end_time}; start_time must be earlier",
+            param="start_time",
+        )
     end_time = min(query.end_time or MAX_TIME, int(datetime.now(UTC).timestamp()) + 1)
     first = query.start_time if query.page is None else _parse_page(query.page)
     aligned = first - first % width
-    starts = list(range(aligned, min(end_time, aligned + limit * width), width))
+    has_begun = max(first, query.start_time) < end_time
+    starts = list(range(aligned, min(end_time, aligned + limit * width), width)) if has_begun else []
     results: dict[int, list[dict[str, Any]]] = {}
     if starts and not query.user_ids:
         asked = _asked(

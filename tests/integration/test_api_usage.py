@@ -141,9 +141,20 @@ def test_a_bad_query_names_its_field(api: ApiServer, keys: dict[str, str], query
         "start_time=99999999999",
         *(f"start_time=0&{more}" for more in ("bucket_width=1y", "limit=32", "page=x", "page=page_%C2%B2")),
         "start_time=0&group_by[]=colour",
+        "start_time=1700000000&end_time=1600000000",
+        "start_time=1700000000&end_time=1700000000",
     ],
 )
 def test_a_bad_query_for_buckets_is_refused(api: ApiServer, keys: dict[str, str], query: str) -> None:
     with api.client(keys["own"]) as http:
         answer = http.get(f"/v1/organization/usage/completions?{query}")
         assert answer.status_code == 400, answer.text
+
+
+@pytest.mark.parametrize("width", ["1m", "1h", "1d"])
+def test_what_has_not_begun_has_no_buckets(api: ApiServer, keys: dict[str, str], width: str) -> None:
+    soon = int(datetime.now(UTC).timestamp()) + 20
+    with api.client(keys["own"]) as http:
+        for kind in ("completions", "embeddings"):
+            page = http.get(f"/v1/organization/usage/{kind}?start_time={soon}&bucket_width={width}").json()
+            assert (page["data"], page["has_more"], page["next_page"]) == ([], False, None)
