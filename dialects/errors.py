@@ -124,13 +124,14 @@ def refuse_unfinished(record: JobRecord) -> None:
     """Raises the CeleriacError that says why a terminal job has no complete output."""
     job = record.job
     name = external_id(job.id)
+    partial = "" if record.result is None else f"; its partial output is at /v1/jobs/{name}/output"
     if job.status is JobStatus.CANCELLED:
-        raise JobCancelled(f"{name} was cancelled; its partial output is at /v1/jobs/{name}/output")
+        raise JobCancelled(f"{name} was cancelled{partial}")
     if job.status is JobStatus.EXPIRED:
         classes = {cls.code: cls for cls in (StartTimeoutExceeded, RunTimeoutExceeded)}
         cls = classes.get(job.error.code if job.error is not None else "", DeadlineExceeded)
         reason = job.error.message if cls is not DeadlineExceeded and job.error is not None else _LATE
-        raise cls(f"{name} has expired, as {reason}; its partial output is at /v1/jobs/{name}/output")
+        raise cls(f"{name} has expired, as {reason}{partial}")
     if job.status is JobStatus.FAILED:
         raise _failure(record)
     if record.result is None:

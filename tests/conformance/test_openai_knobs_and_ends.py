@@ -73,6 +73,7 @@ def test_a_job_that_has_not_started_in_time_expires(http: httpx.Client, hand_wor
         assert (job.start_deadline_at - job.created_at).total_seconds() == pytest.approx(300, abs=1)
         expire(hand_worker, job.id, start_deadline_at=job.created_at)
     assert (answer.result().status_code, answer.result().json()["error"]["code"]) == (504, "start_timeout_exceeded")
+    assert "output" not in answer.result().json()["error"]["message"], "it has none"
 
 
 def test_one_that_has_started_in_time_may_take_longer(http: httpx.Client, hand_worker: HandWorker) -> None:
