@@ -12,7 +12,7 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 from domain.errors import InvalidRequest, ServerOverloaded, TooManyStreams
-from domain.limits import stream_limits_context
+from domain.limits import counted, stream_limits_context
 from domain.requests import EmbeddingResult, JobOutput
 from domain.shares import SharedPlaces, current_tenant
 from local.shared_threads import SharedThreads
@@ -137,9 +137,11 @@ class StreamPlaces(RequestPlaces):
             ("tenant", num_of_tenant, limits.tenant_streams),
         ):
             if limit is not None and num_open >= limit:
+                are = "is" if num_open == 1 else "are"
                 return TooManyStreams(
-                    f"{num_open} streams of your {whose} are open here, counting calls that wait for their answer, and "
-                    f"its limit is {limit}; close some, poll the job instead, or have an administrator raise streams",
+                    f"{counted(num_open, 'stream')} of your {whose} {are} open here, counting calls that wait for "
+                    f"their answer, and its limit is {limit}; close some, poll the job instead, or have an "
+                    "administrator raise streams",
                     retry_after_seconds=STREAM_RETRY_SECONDS,
                 )
         return None

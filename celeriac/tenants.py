@@ -152,9 +152,9 @@ def delete_tenant(name: str, as_json: bool) -> None:
     "--metadata", metavar="NAME=VALUE", help="What the user's jobs, batches and conversations have in common."
 )
 @click.option("--key", "key_id", metavar="ID", help="The API key that the user's jobs and batches were sent with.")
-@click.confirmation_option(prompt="What is erased cannot be brought back. Go on?")
+@click.option("--yes", "is_sure", is_flag=True, help="Do not ask whether to go on.")
 @json_option
-def erase(name: str, metadata: str | None, key_id: str | None, as_json: bool) -> None:
+def erase(name: str, metadata: str | None, key_id: str | None, is_sure: bool, as_json: bool) -> None:
     """Erase all that one user of the tenant NAME has asked for and got.
 
     Jobs go with their input and output, batches with their files, conversations with their items; usage records stay.
@@ -168,8 +168,14 @@ def erase(name: str, metadata: str | None, key_id: str | None, as_json: bool) ->
     """
     from celeriac.erasing import erase_person, person_of
     from local.lock import settings_here
+    from storage import administration
 
-    erased = erase_person(settings_here(), name, person_of(metadata, key_id))
+    settings, person = settings_here(), person_of(metadata, key_id)
+    with transaction(settings) as session:
+        administration.find_tenant(session, name)
+    if not is_sure:
+        click.confirm("What is erased cannot be brought back. Go on?", abort=True)
+    erased = erase_person(settings, name, person)
     if as_json:
         print_json(erased)
         return

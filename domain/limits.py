@@ -15,6 +15,11 @@ from typing import NamedTuple
 MINUTE_SECONDS = 60.0
 
 
+def counted(number: int, noun: str) -> str:
+    """In words for a message: `1 job`, `2 jobs`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 @dataclass(slots=True)
 class Bucket:
     per_minute: int  # its size, too

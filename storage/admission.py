@@ -27,7 +27,7 @@ from domain.errors import (
     TooManyQueuedTokens,
     TooManyUnfinishedJobs,
 )
-from domain.limits import Bucket, ClientCall, LimitStanding
+from domain.limits import Bucket, ClientCall, LimitStanding, counted
 from storage.full_queues import WAITED_SECONDS, drain_seconds, never_fits
 from storage.job_statements import CLOCK
 from storage.limits import OF_TENANT, buckets_of
@@ -170,8 +170,8 @@ class Meter:
     def _refusal_by_rate(self, asking: Asking) -> CeleriacError | None:
         if self.requests is not None and (seconds := self.requests.seconds_until(asking.num_requests)) > 0:
             return RequestsPerMinuteExceeded(
-                f"{self.whose} may send {self.requests.per_minute} requests a minute, and has sent them; retry in "
-                f"{_in_seconds(seconds)}, or have an administrator raise requests_per_minute",
+                f"{self.whose} may send {counted(self.requests.per_minute, 'request')} a minute, and has sent them; "
+                f"retry in {_in_seconds(seconds)}, or have an administrator raise requests_per_minute",
                 retry_after_seconds=seconds,
             )
         if self.tokens is not None and (seconds := self.tokens.seconds_until(asking.cost)) > 0:
@@ -187,13 +187,13 @@ class Meter:
         row, seconds = self.row, drain_seconds(self.waited_seconds, self.num_queued)
         if row.queued_jobs is not None and self.num_queued >= row.queued_jobs:
             return TooManyQueuedJobs(
-                f"{self.num_queued} jobs of {self.whose} are waiting, and queued_jobs is {row.queued_jobs}; retry when "
+                f"{_jobs_are(self.num_queued, self.whose)} waiting, and queued_jobs is {row.queued_jobs}; retry when "
                 "some have started",
                 retry_after_seconds=seconds,
             )
         if row.unfinished_jobs is not None and self.num_unfinished >= row.unfinished_jobs:
             return TooManyUnfinishedJobs(
-                f"{self.num_unfinished} jobs of {self.whose} are waiting or running, and unfinished_jobs is "
+                f"{_jobs_are(self.num_unfinished, self.whose)} waiting or running, and unfinished_jobs is "
                 f"{row.unfinished_jobs}; retry when some have ended",
                 retry_after_seconds=seconds,
             )
@@ -217,6 +217,10 @@ class Meter:
         self.num_queued += times
         self.num_unfinished += times
         self.queued_tokens += times * asking.cost
+
+
+def _jobs_are(number: int, whose: str) -> str:
+    return f"{counted(number, 'job')} of {whose} {'is' if number == 1 else 'are'}"
 
 
 def _in_seconds(seconds: float) -> str:

@@ -247,7 +247,7 @@ def _without_worker(services: Services, model: str) -> NoWorkers | None:
     queue = services.monitor.queues.get(model)
     ready_in = None if queue is None else queue.ready_in_seconds
     return NoWorkers(
-        f"no worker has served {model[:128]} for {seconds:.0f} s; retry, wait for one with the header "
+        f"no worker of {model[:128]} was seen in the last {seconds:.0f} s; retry, wait for one with the header "
         "X-Start-Timeout: 10m, or submit it to /v1/jobs",
         retry_after_seconds=UNSERVED_RETRY_SECONDS if ready_in is None else ready_in,
     )

@@ -286,6 +286,20 @@ def test_a_request_says_whose_and_nothing_else(settings: Settings, body: dict[st
 
 @pytest.mark.parametrize("arguments", [(), ("--metadata", "user"), ("--metadata", "a=b", "--key", "c")])
 def test_whose_it_is_must_be_said(arguments: tuple[str, ...]) -> None:
-    done = CliRunner().invoke(cli.main, ["tenants", "erase", "default", *arguments, "--yes"])
+    done = CliRunner().invoke(cli.main, ["tenants", "erase", "default", *arguments], input="y\n")
     assert done.exit_code == 2
     assert "NAME=VALUE" in done.output
+    assert "Go on?" not in done.output
+
+
+def test_it_asks_before_it_erases_and_not_about_a_tenant_that_does_not_exist(erase: Erase) -> None:
+    runner, arguments = CliRunner(), ["--metadata", "user=a"]
+    unknown = runner.invoke(cli.main, ["tenants", "erase", "nope", *arguments], input="y\n")
+    assert unknown.exit_code != 0
+    assert "Go on?" not in unknown.output
+    refused = runner.invoke(cli.main, ["tenants", "erase", "default", *arguments], input="n\n")
+    assert refused.exit_code == 1
+    assert "Go on?" in refused.output
+    assert "Erased" not in refused.output
+    agreed = runner.invoke(cli.main, ["tenants", "erase", "default", *arguments], input="y\n")
+    assert "Erased 0 jobs" in agreed.output

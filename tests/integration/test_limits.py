@@ -418,7 +418,7 @@ def test_streams_of_a_key_are_counted_and_its_stream_tokens_too(make_caller: Cal
             url = f"{caller.client.base_url}/v1/jobs/{job_id}/events"
             answer = httpx.get(url, headers=headers, params=parameters, timeout=SECONDS)
             assert (answer.status_code, answer.json()["error"]["code"]) == (429, "too_many_streams")
-            assert "1 streams of your key are open" in answer.json()["error"]["message"]
+            assert "1 stream of your key is open here" in answer.json()["error"]["message"]
 
 
 def test_where_no_key_is_required_the_default_tenant_has_limits(
