@@ -20,6 +20,7 @@ from domain.errors import (
     CeleriacError,
     InvalidRequest,
     RequestsPerMinuteExceeded,
+    TokenBudgetSpent,
     TokensPerDayExceeded,
     TokensPerMinuteExceeded,
     TokensPerMonthExceeded,
@@ -34,12 +35,15 @@ from storage.limits import OF_TENANT, buckets_of
 
 Subject = tuple[UUID, str]  # a tenant and the id of its key, or OF_TENANT
 
-LOCK = text(f"""
+_READ = f"""
 SELECT l.*, u.day, u.tokens_on_day, u.tokens_in_month, u.num_unused_tokens, {CLOCK} AS read_at
 FROM limits l JOIN limit_usage u USING (tenant_id, key_id)
 WHERE (l.tenant_id, l.key_id) IN (SELECT * FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:key_ids AS text[])))
-ORDER BY l.tenant_id, l.key_id FOR NO KEY UPDATE OF l
-""")
+ORDER BY l.tenant_id, l.key_id"""
+
+READ = text(_READ)
+
+LOCK = text(f"{_READ} FOR NO KEY UPDATE OF l")
 
 # A second statement, whose snapshot has what others committed while the first one waited for the lock. What a whole
 # tenant has is counted in tenant_load; only the jobs of a key are read: queued ones from jobs_key_idx, and running ones
@@ -125,7 +129,7 @@ class Meter:
         """Why there is no room for the job; None if there is."""
         return (
             self._refusal_for_ever(asking)
-            or self._refusal_by_budget()
+            or self.refusal_by_budget()
             or self._refusal_by_rate(asking)
             or self._refusal_by_queue(asking)
         )
@@ -145,7 +149,7 @@ class Meter:
                 return never_fits(call, name, needed, limit, what=of_what, whose=f" of {self.whose}")
         return None
 
-    def _refusal_by_budget(self) -> CeleriacError | None:
+    def refusal_by_budget(self) -> TokenBudgetSpent | None:
         row, now = self.row, self.row.read_at.astimezone(UTC)
         today = now.date()
         midnight = datetime(today.year, today.month, today.day, tzinfo=UTC)
@@ -298,6 +302,17 @@ class Admission:
             "nums_returned": [max(row.num_unused_tokens, row.num_returned_tokens) for row in rows],
         }
         session.execute(CHARGE, _columns_of([(row.tenant_id, row.key_id) for row in rows]) | parameters)
+
+
+def spent_budgets(session: Session, subjects: Sequence[Subject]) -> dict[Subject, tuple[datetime, TokenBudgetSpent]]:
+    """Those of these tenants and keys that get no new jobs until a day or a month is over, and when it is. Locks
+    nothing."""
+    spent: dict[Subject, tuple[datetime, TokenBudgetSpent]] = {}
+    for row in session.execute(READ, _columns_of(subjects)):
+        if (refusal := _meter_of(row).refusal_by_budget()) is not None:
+            ends_at = row.read_at.astimezone(UTC) + timedelta(seconds=refusal.retry_after_seconds)
+            spent[row.tenant_id, row.key_id] = ends_at, refusal
+    return spent
 
 
 def _meter_of(row: Row[Any]) -> Meter:

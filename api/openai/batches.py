@@ -21,7 +21,8 @@ from dialects.openai_views import InputTokensDetailsView, OutputTokensDetailsVie
 from domain.errors import BatchNotFound, InvalidRequest
 from domain.jobs import BatchErrors, BatchStatus, external_id, parse_id_of_other
 from observability import request_id_context, traceparent_context
-from storage import batches
+from storage import batch_waits, batches
+from storage.batch_waits import ToldBatch
 from storage.files import Batch
 
 router = private_router("OpenAI")
@@ -71,6 +72,12 @@ class BatchUsageView(View):
     total_tokens: int
 
 
+class BatchWaitView(View):
+    code: Annotated[str, Field(description="That with which a request would be refused.")]
+    message: str
+    until: int
+
+
 class BatchView(View):
     """All times are seconds since 1970."""
 
@@ -96,6 +103,9 @@ class BatchView(View):
     request_counts: RequestCountsView
     usage: BatchUsageView
     metadata: dict[str, str] | None
+    waiting_for: Annotated[
+        BatchWaitView | None, Field(description="An extension: why lines wait, if a budget of tokens is spent.")
+    ]
 
 
 class BatchListView(PageView):
@@ -127,7 +137,7 @@ async def create_batch(request: Request) -> Response:
             within_seconds=job_headers.attach_seconds,
         )
         if earlier is not None:
-            return _answer(earlier)
+            return _answer(ToldBatch(earlier))
     batch = await services.write(
         batches.create,
         tenant_id,
@@ -141,23 +151,23 @@ async def create_batch(request: Request) -> Response:
         timeouts=body.timeouts.or_else(job_headers.timeouts),
         traceparent=traceparent_context.get(),
     )
-    return _answer(batch)
+    return _answer(ToldBatch(batch))
 
 
 @router.get("/v1/batches", **listing(BatchListView, PageQuery))
 async def list_batches(request: Request) -> Response:
     """The tenant's batches, newest first. For the next page send `after` = `last_id`."""
     query = read_query(request, PageQuery)
-    return await list_page(request, query, batches.list_batches, batch_object, prefix="batch")
+    return await list_page(request, query, batch_waits.list_batches, batch_object, prefix="batch")
 
 
 @router.get("/v1/batches/{batch_id}", responses={200: {"model": BatchView}})
 async def read_batch(batch_id: str, request: Request) -> Response:
     services, tenant_id = caller_of(request)
-    batch = await services.read(batches.get, _parse_batch_id(batch_id), tenant_id)
-    if batch is None:
+    told = await services.read(batch_waits.get, _parse_batch_id(batch_id), tenant_id)
+    if told is None:
         raise _not_found(batch_id)
-    return _answer(batch)
+    return _answer(told)
 
 
 @router.post(
@@ -171,7 +181,7 @@ async def cancel_batch(batch_id: str, request: Request) -> Response:
     batch = await services.write(batches.cancel, _parse_batch_id(batch_id), tenant_id)
     if batch is None:
         raise _not_found(batch_id)
-    return _answer(batch) if batch.status not in ENDED_BEFORE_CANCEL else _too_late(batch)
+    return _answer(ToldBatch(batch)) if batch.status not in ENDED_BEFORE_CANCEL else _too_late(batch)
 
 
 def _too_late(batch: Batch) -> Response:
@@ -182,7 +192,8 @@ def _too_late(batch: Batch) -> Response:
     return json_response(body, 409, {"x-should-retry": "false"})
 
 
-def batch_object(batch: Batch) -> BatchView:
+def batch_object(told: ToldBatch) -> BatchView:
+    batch, wait = told.batch, told.wait
     return {
         "id": external_id(batch.id, "batch"),
         "object": "batch",
@@ -206,6 +217,9 @@ def batch_object(batch: Batch) -> BatchView:
         "request_counts": {"total": batch.num_lines, "completed": batch.num_completed, "failed": batch.num_failed},
         "usage": _usage(batch),
         "metadata": batch.batch_metadata or None,
+        "waiting_for": None
+        if wait is None
+        else {"code": wait.code, "message": wait.message, "until": int(wait.until.timestamp())},
     }
 
 
@@ -233,9 +247,9 @@ def _file_id(id_: UUID | None) -> str | None:
     return None if id_ is None else external_id(id_, "file")
 
 
-def _answer(batch: Batch) -> Response:
-    headers = {} if batch.status.is_terminal else {"retry-after": "2", "openai-poll-after-ms": "2000"}
-    return json_response(batch_object(batch), headers=headers)
+def _answer(told: ToldBatch) -> Response:
+    headers = {} if told.batch.status.is_terminal else {"retry-after": "2", "openai-poll-after-ms": "2000"}
+    return json_response(batch_object(told), headers=headers)
 
 
 def _endpoint(endpoint: str) -> str:

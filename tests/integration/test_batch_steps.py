@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import text, update
 from sqlalchemy.orm import Session, sessionmaker
 
+from api.openai.batches import BatchView, batch_object
 from dialects import openai_batches
 from dialects.openai_batches import LineRequest
 from domain.access import Limits
@@ -20,7 +21,7 @@ from domain.jobs import PIECE_BYTES, BatchStatus, LineOutcome, external_id
 from maintenance.batches import BatchWork
 from metrics import jobs_submitted_total
 from settings import Settings
-from storage import administration, batch_lines, batches, files
+from storage import administration, batch_lines, batch_waits, batches, files
 from storage.administration import TenantChanges
 from storage.files import Batch, BatchLine
 from storage.tables import DEFAULT_TENANT_ID, Job
@@ -371,6 +372,46 @@ def test_a_neighbours_long_files_do_not_hold_up_a_line(bench: Bench, make_tenant
         work.tick()
     assert bench.batch(short).num_in_flight == 1
     assert num_slow < 100, "of 2,400"
+
+
+def test_a_batch_whose_lines_wait_for_a_spent_budget_says_so_and_until_when(
+    bench: Bench, make_tenant: MakeTenant
+) -> None:
+    tenant = make_tenant()
+    batch_id, work = bench.make_batch(line(1) + line(2), tenant.id), bench.work()
+    with bench.sessions.begin() as session:
+        limits = TenantChanges(limits=Limits(tokens_per_day=5))
+        administration.change_tenant(session, tenant.name, limits, actor="test")
+        session.execute(
+            text(
+                "UPDATE limit_usage SET day = (now() AT TIME ZONE 'UTC')::date, tokens_on_day = 9 WHERE tenant_id = :id"
+            ),
+            {"id": tenant.id},
+        )
+    while work.step(batch_id):
+        pass
+
+    def seen() -> BatchView:
+        with bench.sessions() as session:
+            told = batch_waits.get(session, batch_id, tenant.id)
+            assert told is not None
+            assert batch_waits.list_batches(session, tenant.id, after=None, limit=9)[0].wait == told.wait
+        return batch_object(told)
+
+    midnight = (datetime.now(UTC) + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+    view = seen()
+    assert (view["status"], bench.num_jobs()) == ("in_progress", 0)
+    wait = view["waiting_for"]
+    assert wait is not None
+    assert (wait["code"], wait["until"]) == ("tokens_per_day_exceeded", midnight.timestamp())
+    assert wait["message"].startswith("your tenant has used 9 tokens today, and may use 5 a day; the lines ")
+    with bench.sessions.begin() as session:
+        limits = TenantChanges(limits=Limits(tokens_per_day=None))
+        administration.change_tenant(session, tenant.name, limits, actor="test")
+    assert seen()["waiting_for"] is None
+    while work.step(batch_id):
+        pass
+    assert (seen()["waiting_for"], bench.num_jobs()) == (None, 2)
 
 
 def test_the_batches_of_a_tenant_take_turns_too(bench: Bench) -> None:

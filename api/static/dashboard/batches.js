@@ -70,6 +70,7 @@ function Batch({ batch, reload }) {
           ${!isOver && may("cancel") && batch.status !== "cancelling" && html`<${Confirmed} label="Cancel" question="Cancel the rest?" onConfirm=${() => act(() => post(`v1/batches/${batch.id}/cancel`)).then(reload)} />`}
         </span>
       </footer>
+      ${batch.waiting_for && html`<p class="soft">Waits: ${batch.waiting_for.message}</p>`}
       ${batch.errors?.data.slice(0, 5).map((one, index) => html`<${Problem} key=${index} error=${{ message: `${one.line ? `line ${one.line}: ` : ""}${one.message}`, param: one.param }} />`)}
       ${error && html`<${Problem} error=${error} />`}
     </li>
