@@ -198,7 +198,7 @@ async def infer(request: Request) -> Response:
                 Endpoint.SIMPLE,
                 has_stream=False,
                 timeout_seconds=timeout_seconds,
-                use_cache=None if body.use_cache else False,
+                use_cache=body.use_cache if "use_cache" in body.model_fields_set else None,
                 timeouts=body.timeouts,
             ),
         )

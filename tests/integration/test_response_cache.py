@@ -270,6 +270,18 @@ def test_a_hit_joins_no_queue(
     assert len(joined) == 1
 
 
+def test_a_request_to_infer_that_says_use_cache_is_answered_from_the_cache(
+    client: httpx.Client, hand_worker: HandWorker
+) -> None:
+    def infer(**fields: object) -> httpx.Response:
+        return client.post("/api/v1/infer", json={"model": "large", "prompt": "abc", "max_tokens": 8} | fields)
+
+    run(hand_worker, ask(client, params={"max_tokens": 8}, use_cache=True).json()["id"], "Hello")
+    hit = infer(use_cache=True)
+    assert (hit.headers.get("x-celeriac-cache"), hit.json()["cached"]) == ("hit", True)
+    assert hit.json()["text"] == "Hello"
+
+
 def test_what_is_not_the_same_runs(
     clients: tuple[httpx.Client, httpx.Client], hand_worker: HandWorker, session_factory: Sessions
 ) -> None:
