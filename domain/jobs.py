@@ -237,12 +237,13 @@ class WaitingFor(StrEnum):
     REVISION = "revision"  # it has output, and no worker serves the revision that made it
     ISOLATION = "isolation"  # it must run alone and waits for a gap between the others
     LIMIT = "limit"  # batches have used their share of the slots, or it just failed and will be retried soon
+    SAME_REQUEST = "same_request"  # another job that asks for the same, whose output it gets
     TURN = "turn"  # it was paused, since it is another tenant's turn; it continues by itself
     PAUSE = "pause"  # an admin unloaded its model, or suitable workers are draining
 
 
 #: Normal reasons, which need no attention.
-IN_GOOD_ORDER = frozenset({WaitingFor.SLOTS, WaitingFor.TURN, WaitingFor.LIMIT})
+IN_GOOD_ORDER = frozenset({WaitingFor.SLOTS, WaitingFor.TURN, WaitingFor.LIMIT, WaitingFor.SAME_REQUEST})
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +254,7 @@ class WaitingJob:
     revision: str | None = None  # the one that made its output; None: no output yet, so any revision will do
     is_held_line: bool = False  # a batch line that has not been dispatched yet
     is_delayed: bool = False  # it just failed
+    is_following: bool = False  # it gets another job's output
     is_paused: bool = False  # it had to leave its slot to another tenant
 
 
@@ -283,6 +285,8 @@ def waiting_for(job: WaitingJob, service: ModelService) -> WaitingFor:
     states = {worker.state for worker in able}
     if WorkerState.READY not in states:
         return WaitingFor.PAUSE if states == {WorkerState.DRAINING} else WaitingFor.MODEL_LOAD
+    if job.is_following:
+        return WaitingFor.SAME_REQUEST
     if job.is_delayed or (job.is_held_line and service.is_batch_share_taken):
         return WaitingFor.LIMIT
     if job.lane is Lane.ISOLATED:

@@ -18,10 +18,13 @@ from storage.job_ends import MAY_HAVE_BEGUN
 from storage.job_statements import BEGUN, CHARGE, CLOCK, EXCESS, FAIR_TIME, IS_HELD, LIFTED, RANK, STANDING, lead
 from storage.tables import Job
 
+# Whatever else is put off has failed before.
+IS_FOLLOWING = f"(j.attempt = 0 AND j.available_at > {CLOCK})"
+
 # The reason why a queued job waits depends on these columns and on the live workers.
 WAITING_JOB = f"""j.lane, CASE WHEN {BEGUN} THEN j.model_revision END AS revision,
     {IS_HELD} AS is_held_line,
-    j.available_at > {CLOCK} AS is_delayed, j.paused_at IS NOT NULL AS is_paused"""
+    j.available_at > {CLOCK} AS is_delayed, {IS_FOLLOWING} AS is_following, j.paused_at IS NOT NULL AS is_paused"""
 
 
 # The output tokens that a job may still take.
@@ -37,7 +40,7 @@ WAITING = f"""SELECT j.model, {WAITING_JOB}, j.tenant_id, count(*)::int AS num_j
 
 WAITING_GROUPS = text(f"""
 {WAITING}
-FROM jobs j LEFT JOIN job_followers f ON f.job_id = j.id WHERE j.status = 'queued' GROUP BY 1, 2, 3, 4, 5, 6, 7
+FROM jobs j LEFT JOIN job_followers f ON f.job_id = j.id WHERE j.status = 'queued' GROUP BY 1, 2, 3, 4, 5, 6, 7, 8
 """)
 
 MAX_READ = 20_000  # queued jobs; it takes a tenth of a second
@@ -89,7 +92,7 @@ read AS (
 ),
 groups AS (
     {WAITING}, count(*) FILTER (WHERE j.is_end) AS num_at_ends
-    FROM read j LEFT JOIN job_followers f ON f.job_id = j.id GROUP BY 1, 2, 3, 4, 5, 6, 7
+    FROM read j LEFT JOIN job_followers f ON f.job_id = j.id GROUP BY 1, 2, 3, 4, 5, 6, 7, 8
 ),
 counted AS (
     SELECT model, tenant_id, sum(num_jobs) AS num_read, sum(num_at_ends) >= 2 * :num_ends AS is_long,
@@ -118,9 +121,9 @@ scaled AS (
     FROM groups g JOIN divided d USING (model, tenant_id)
     WINDOW likely AS (PARTITION BY g.model, g.tenant_id, g.is_held_line ORDER BY g.num_at_ends DESC, g.is_delayed)
 )
-SELECT model, lane, revision, is_held_line, is_delayed, is_paused, tenant_id, round(num_jobs * times)::int AS num_jobs,
-    round(num_to_run * times)::int AS num_to_run, round(cost * times)::bigint AS cost,
-    round(num_tokens * times)::bigint AS num_tokens, oldest_seconds
+SELECT model, lane, revision, is_held_line, is_delayed, is_following, is_paused, tenant_id,
+    round(num_jobs * times)::int AS num_jobs, round(num_to_run * times)::int AS num_to_run,
+    round(cost * times)::bigint AS cost, round(num_tokens * times)::bigint AS num_tokens, oldest_seconds
 FROM scaled
 """)
 
@@ -266,7 +269,7 @@ def figures_of(rows: QueueRows) -> dict[str, QueueFigures]:
     alike: dict[tuple[Any, ...], list[Row[Any]]] = {}  # by model and what they wait for
     loads: dict[str, dict[UUID, Load]] = {}
     for row in rows.waiting:
-        kind = row.model, row.lane, row.revision, row.is_held_line, row.is_delayed, row.is_paused
+        kind = row.model, row.lane, row.revision, row.is_held_line, row.is_delayed, row.is_following, row.is_paused
         alike.setdefault(kind, []).append(row)
         if row.num_to_run and not row.is_held_line:
             by_tenant, load = loads.setdefault(row.model, {}), Load(row.num_to_run, row.cost, row.num_tokens)
@@ -326,13 +329,21 @@ def waiting_job(job: Job, now: datetime) -> WaitingJob:
         job.model_revision if has_output else None,
         is_held_line=is_line and job.num_dispatches == 0,
         is_delayed=job.available_at > now,
+        is_following=job.attempt == 0 and job.available_at > max(now, job.created_at),
         is_paused=job.paused_at is not None,
     )
 
 
 def read_waiting_job(row: Row[Any]) -> WaitingJob:
     """Of a row that has WAITING_JOB."""
-    return WaitingJob(Lane(row.lane), row.revision, row.is_held_line, row.is_delayed, row.is_paused)
+    return WaitingJob(
+        Lane(row.lane),
+        row.revision,
+        is_held_line=row.is_held_line,
+        is_delayed=row.is_delayed,
+        is_following=row.is_following,
+        is_paused=row.is_paused,
+    )
 
 
 def position(session: Session, job_id: UUID) -> QueuePosition | None:

@@ -376,8 +376,14 @@ def test_the_same_request_in_flight_is_run_once(
     leader, *followers = (ask(client).json()["id"] for _ in range(3))
     assert waiting(session_factory) == 1
     with session_factory() as session:
-        [load] = job_queues.queue_figures(session)["large"].loads.values()
+        figures = job_queues.queue_figures(session)["large"]
+        [load] = figures.loads.values()
         assert load.num_jobs == 1, "followers are no work"
+        assert {group.job.is_following: group.num_jobs for group in figures.waiting} == {False: 1, True: 2}
+        places = job_queues.positions(session, [parse_id(one) for one in (leader, *followers)])
+        assert [places[parse_id(one)].job.is_following for one in (leader, *followers)] == [False, True, True]
+        rows = [session.get_one(Job, parse_id(one)) for one in (leader, *followers)]
+        assert [job_queues.waiting_job(row, row.created_at).is_following for row in rows] == [False, True, True]
     run(hand_worker, leader, "Hello")
     with session_factory() as other, session_factory.begin() as session:
         other.execute(select(Job.id).where(Job.id == parse_id(followers[0])).with_for_update())

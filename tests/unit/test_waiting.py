@@ -11,6 +11,7 @@ DRAINING, UNLOADED = LiveWorker(WorkerState.DRAINING, "new"), LiveWorker(WorkerS
 FRESH, ISOLATED = WaitingJob(), WaitingJob(lane=Lane.ISOLATED)
 BEGUN, OLD = WaitingJob(revision="new"), WaitingJob(revision="old")
 LINE, DELAYED = WaitingJob(is_held_line=True), WaitingJob(is_delayed=True)
+FOLLOWER = WaitingJob(is_delayed=True, is_following=True)
 PAUSED = WaitingJob(revision="new", is_paused=True)
 JOBS = (FRESH, ISOLATED, BEGUN, OLD, LINE, DELAYED, PAUSED)
 
@@ -57,6 +58,7 @@ def test_a_job_with_output_waits_for_its_revision_though_others_are_ready() -> N
         (ISOLATED, WaitingFor.ISOLATION),
         (LINE, WaitingFor.LIMIT),
         (DELAYED, WaitingFor.LIMIT),
+        (FOLLOWER, WaitingFor.SAME_REQUEST),
         (PAUSED, WaitingFor.TURN),
     ],
 )

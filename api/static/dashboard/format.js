@@ -58,6 +58,7 @@ export const WAITING = {
   revision: "a worker with the revision of the model that the text began with",
   isolation: "a moment to run alone",
   limit: "room within a limit: batches have used their share, or an attempt failed just now",
+  same_request: "the answer to the same request, which came earlier",
   pause: "the model, which is unloaded or draining",
 };
 
@@ -76,6 +77,7 @@ export const WAITING_SHORT = {
   revision: "revision gone",
   isolation: "to run alone",
   limit: "limit",
+  same_request: "for the same request",
   pause: "paused",
 };
 
