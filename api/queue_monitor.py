@@ -52,6 +52,8 @@ ANSWER_SECONDS = 2.0  # after this a query is abandoned, and the next one uses a
 READ_SECONDS = 5.0  # the same for a read of all queues: a million queued jobs take one on a quiet machine
 STALE_SECONDS = 2 * (READ_SECONDS + MAX_PAUSE_SECONDS)  # older figures are not shown: two reads have failed
 FINDING_SECONDS = 60.0  # shorter waits are not worth an operator's attention
+#: What these wait for is other jobs.
+UNREMARKABLE = PLAIN_WAITS | {WaitingFor.SAME_REQUEST}
 #: For these nothing is under way: somebody has to do something.
 SOON_FINDING_SECONDS = dict.fromkeys((WaitingFor.WORKER, WaitingFor.PAUSE), 10.0)
 MAX_RANKED = 2_000  # queued jobs of a model; in a longer queue, positions are estimated
@@ -183,7 +185,7 @@ class QueueMonitor:
         return [
             Finding(model, reason, queue.waiting[reason].num_jobs, round(seconds, 1))
             for (model, reason), since in self._waiting_since.items()
-            if reason not in PLAIN_WAITS and (queue := self.queues.get(model)) and reason in queue.waiting
+            if reason not in UNREMARKABLE and (queue := self.queues.get(model)) and reason in queue.waiting
             if (seconds := min(time.monotonic() - since, queue.waiting[reason].oldest_seconds))
             > SOON_FINDING_SECONDS.get(reason, FINDING_SECONDS)
         ]

@@ -4,6 +4,8 @@ from itertools import combinations
 
 import pytest
 
+from api.queue_monitor import UNREMARKABLE
+from api.reasons import ADVICE
 from domain.jobs import Lane, LiveWorker, ModelService, WaitingFor, WaitingJob, WorkerState, waiting_for
 
 READY, LOADING = LiveWorker(WorkerState.READY, "new"), LiveWorker(WorkerState.LOADING, "new")
@@ -25,6 +27,10 @@ def test_without_a_worker_every_job_waits_for_one(job: WaitingJob) -> None:
 def test_an_unloaded_model_is_a_pause_whoever_lives(job: WaitingJob) -> None:
     for worker in (READY, LOADING, DRAINING, UNLOADED):
         assert waiting_for(job, ModelService([worker], is_loaded=False)) is WaitingFor.PAUSE
+
+
+def test_there_is_advice_for_whatever_is_found() -> None:
+    assert set(WaitingFor) - UNREMARKABLE == set(ADVICE)
 
 
 @pytest.mark.parametrize("job", [FRESH, ISOLATED, BEGUN, LINE, DELAYED, PAUSED])
