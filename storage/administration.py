@@ -170,9 +170,10 @@ def delete_tenant(session: Session, name: str, *, actor: str) -> None:
             f"{name} still has jobs; disable it (celeriac tenants disable {name}), and delete it once they have been "
             "deleted or have outlived their result_ttl_seconds"
         )
+    tenant_id = tenant.id
     session.delete(tenant)
     session.flush()
-    _note(session, actor, "tenant.delete", name)
+    _note(session, actor, "tenant.delete", name, changes={"id": str(tenant_id)})  # by which its usage is kept
 
 
 def note_erasure(session: Session, action: str, tenant: str, what: Mapping[str, Any], *, actor: str) -> None:

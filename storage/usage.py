@@ -196,7 +196,14 @@ _RECORDS = f"""
 # Without the tenant in a condition of its own, PostgreSQL would not use the primary key once it plans for all values.
 def _totals(of_tenant: str) -> str:
     return f"""
-WITH part AS (  -- whole hours as they were summed up, and records before and after them
+WITH known AS (
+    SELECT id, name FROM tenants
+    UNION ALL
+    SELECT CAST(a.changes->>'id' AS uuid), a.tenant FROM audit_log a  -- deleted ones, unless another has the name now
+    WHERE a.action = 'tenant.delete' AND a.changes->>'id' IS NOT NULL
+        AND NOT EXISTS (SELECT FROM tenants t WHERE t.name = a.tenant)
+),
+part AS (  -- whole hours as they were summed up, and records before and after them
     {_RECORDS.format(start=":start", end=":first", of_tenant=of_tenant)}
     UNION ALL
     {_RECORDS.format(start=":last", end=":end", of_tenant=of_tenant)}
@@ -222,12 +229,12 @@ total AS (
         AND (CAST(:models AS text[]) = '{{}}' OR u.model = ANY(CAST(:models AS text[])))
         AND (CAST(:is_batch AS boolean) IS NULL OR u.is_batch = :is_batch)
         AND (CAST(:tenants AS text[]) = '{{}}'
-            OR u.tenant_id IN (SELECT id FROM tenants WHERE name = ANY(CAST(:tenants AS text[]))))
+            OR u.tenant_id IN (SELECT id FROM known WHERE name = ANY(CAST(:tenants AS text[]))))
     GROUP BY 1, 2, 3, 4, 5, 6
 )
 SELECT total.bucket, coalesce(t.name, total.tenant_id::text) AS tenant, key_id, is_batch, model, adapter, num_jobs,
     num_attempts, prompt, cached, output, reasoning, queued, prefill, decode, engine
-FROM total LEFT JOIN tenants t ON t.id = total.tenant_id
+FROM total LEFT JOIN known t ON t.id = total.tenant_id
 ORDER BY bucket, tenant, key_id, is_batch, model, adapter LIMIT {MAX_GROUPS + 1}
 """
 

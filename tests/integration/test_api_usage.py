@@ -16,7 +16,8 @@ from celeriac.cli import main
 from domain.access import Scope
 from domain.catalog import Catalog, ModelSpec
 from settings import Settings
-from storage import tenants
+from storage import administration, tenants
+from storage.administration import TenantChanges
 from tests.conftest import MakeTenant
 from tests.integration.api_harness import ApiServer, HandWorker, post_job
 
@@ -52,6 +53,33 @@ def groups(http: httpx.Client, **parameters: str) -> list[dict[str, Any]]:
     answer = http.get("/v1/usage", params=parameters)
     assert answer.status_code == 200, answer.text
     return list(answer.json()["data"])
+
+
+def test_usage_of_a_deleted_tenant_keeps_its_name_until_another_has_it(
+    api: ApiServer,
+    keys: dict[str, str],
+    hand_worker: HandWorker,
+    session_factory: sessionmaker[Session],
+    make_tenant: MakeTenant,
+) -> None:
+    gone = make_tenant(name="gone").id
+    with session_factory.begin() as session:
+        key = tenants.create_key(session, gone)
+    use(api, key, hand_worker)
+    with api.client(key) as http:
+        for job in http.get("/v1/jobs").json()["data"]:
+            http.delete(f"/v1/jobs/{job['id']}")
+    with session_factory.begin() as session:
+        administration.delete_tenant(session, "gone", actor="test")
+    with api.client(keys["admin"]) as http:
+        [one] = groups(http, group_by="tenant")
+        assert (one["tenant"], one["num_jobs"]) == ("gone", 1)
+        assert [one["num_jobs"] for one in groups(http, tenant="gone")] == [1]
+        with session_factory.begin() as session:
+            administration.create_tenant(session, "gone", TenantChanges(), actor="test")
+        assert groups(http, tenant="gone") == []
+        [one] = groups(http, group_by="tenant")
+        assert one["tenant"] == str(gone)
 
 
 def test_usage_is_grouped_priced_and_a_tenants_own(
