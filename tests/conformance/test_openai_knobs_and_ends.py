@@ -232,6 +232,7 @@ def test_a_draining_server_ends_its_streams_and_the_job_goes_on(
     api: ApiServer, http: httpx.Client, hand_worker: HandWorker, route: str
 ) -> None:
     with half_told(http, hand_worker, route) as (job, lines):
+        api.app.state.drain_seconds = 0.0
         api.stop()
         rest = list(lines)
     assert rest[-1] == ""

@@ -297,7 +297,7 @@ def test_lost_connections_are_noticed_by_nobody(
 ) -> None:
     """A restart of the database, or a firewall's silence, leaves dead connections in every pool."""
     name = make_url(database_url).database
-    others = "FROM pg_stat_activity WHERE datname = :name AND pid <> pg_backend_pid()"
+    others = "FROM pg_stat_activity WHERE datname = :name AND usename = current_user AND pid <> pg_backend_pid()"
     for method, path in [("POST", "/v1/jobs"), ("GET", "/v1/jobs"), ("GET", "/v1/queue"), ("POST", "/v1/jobs")]:
         with session_factory() as session:
             session.execute(text(f"SELECT pg_terminate_backend(pid) {others}"), {"name": name})

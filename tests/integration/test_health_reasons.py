@@ -20,9 +20,12 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from api.reasons import ReasonCode
 from gpu_worker.reporting import failure_of
+from local.servers import SUPERUSER
 from storage import processes, troubles, workers
+from storage.database import open_database
 from storage.processes import ProcessKind, ProcessReport
 from storage.workers import WorkerReport
+from tests.databases import as_role
 from tests.integration.api_harness import body
 from tests.waiting import wait_until
 
@@ -209,14 +212,15 @@ def test_connections_that_run_out_are_counted(session_factory: sessionmaker[Sess
 
 
 @contextmanager
-def full_tablespace(folder: Path, session_factory: sessionmaker[Session]) -> Iterator[Session]:
+def full_tablespace(folder: Path, database_url: str) -> Iterator[Session]:
     """A session whose temporary tables are on a disk of 1 MB, which is full."""
+    database = open_database(as_role(SUPERUSER, database_url))
     owner = pwd.getpwnam("nobody").pw_uid  # who runs PostgreSQL where we are root
     mount = ["mount", "-t", "tmpfs", "-o", f"size=1m,mode=0700,uid={owner}", "tmpfs", str(folder)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no file system may be mounted here")
     try:
-        with session_factory() as session:
+        with Session(database) as session:
             connection = session.connection(execution_options={"isolation_level": "AUTOCOMMIT"})
             connection.execute(text(f"CREATE TABLESPACE small LOCATION '{folder}'"))
             try:
@@ -227,13 +231,14 @@ def full_tablespace(folder: Path, session_factory: sessionmaker[Session]) -> Ite
                 connection.execute(text("DISCARD TEMP"))
                 connection.execute(text("DROP TABLESPACE small"))
     finally:
+        database.dispose()
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_is_noticed_by_trying(server_folder: Path, session_factory: sessionmaker[Session]) -> None:
+def test_a_full_disk_is_noticed_by_trying(server_folder: Path, database_url: str) -> None:
     folder = server_folder / "small"
     folder.mkdir()
-    with full_tablespace(folder, session_factory) as session:
+    with full_tablespace(folder, database_url) as session:
         with pytest.raises(OperationalError, match="No space left on device") as raised:
             troubles.try_to_write(session)
         assert getattr(raised.value.orig, "sqlstate", None) == troubles.DISK_FULL

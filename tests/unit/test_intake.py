@@ -28,6 +28,9 @@ class Claims:
         self.limits.append(limit)
         return [SimpleNamespace(id=uuid4()) for _ in range(min(limit, self.num_jobs))]
 
+    def plan_ahead(self) -> None:
+        pass
+
     def tell_claimed(self, claimed: list[Any]) -> None:
         self.steps.append("told")
 

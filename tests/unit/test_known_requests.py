@@ -51,7 +51,8 @@ class Known(KnownRequests):
             result_ttl_seconds=60,
             request_hash=name,
         )
-        self.note(ReadyJob(new_job, request, view), JobOptions())
+        for _ in range(2):  # the second time it is known to come again
+            self.note(ReadyJob(new_job, request, view), JobOptions())
         return request
 
     def ids_of(self, view: ModelView, name: bytes = b"asked", tenant_id: UUID = ONE) -> list[int] | None:

@@ -118,7 +118,8 @@ def test_an_accepted_job_keeps_its_place_while_following_it_is_refused(is_stream
         if len(asked) < 4:
             return REFUSED
         ended = json.dumps(ENDED).encode()
-        return 200, {}, b"id: 1\nevent: job.completed\ndata: " + ended + b"\n\n" if is_streaming else ended
+        events = b"id: 1\nevent: job.completed\ndata: " + ended + b"\n\n"
+        return (200, {"content-type": "text/event-stream"}, events) if is_streaming else (200, {}, ended)
 
     with serving(answer) as url:
         test = run(lambda: Celeriac(url, None, is_streaming=is_streaming), num_jobs=1)
