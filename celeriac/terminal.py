@@ -227,7 +227,7 @@ class JobPrinter:
         self._notes.print(", ".join(parts), style="dim", markup=False)
 
 
-class BatchPrinter:
+class BatchPrinter(_Shown):
     """The progress of a batch: a bar on a terminal, otherwise its id at the start and its counts at the end."""
 
     def __init__(self) -> None:
@@ -239,14 +239,10 @@ class BatchPrinter:
         self._task_id = self._progress.add_task("", total=None)
         self._batch_id: str | None = None
 
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        super().__exit__(exc_type, exc, traceback)
         if isinstance(exc, KeyboardInterrupt) and self._batch_id is not None:
             self._notes.print(f"\n{self._batch_id} goes on; fetch it: celeriac batch get {self._batch_id} -o FILE")
 

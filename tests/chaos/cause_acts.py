@@ -144,12 +144,17 @@ def take_no_writes(scene: Scene) -> Undo:
 
 def refuse_us(scene: Scene) -> Undo:
     """As of a password that was changed: nobody gets a connection any more."""
+    return admit_by(scene, "reject")
+
+
+def admit_by(scene: Scene, method: str) -> Undo:
+    """How PostgreSQL lets new connections in; those that there are end."""
     hba = scene.plant.folder / "postgres/data/pg_hba.conf"
     usual = hba.read_text()
     pid = scene.plant.postgres.pid
     assert pid is not None
     with scene.plant.connect() as connection:
-        hba.write_text("local all all reject\nhost all all all reject\n")
+        hba.write_text(f"local all all {method}\nhost all all all {method}\n")
         send_to([pid], signal.SIGHUP)
         time.sleep(0.5)  # it reads the file when it gets to it
         connection.execute(

@@ -1,11 +1,9 @@
 """More of what `causes` does: servers that are set up wrongly, processes with wrong addresses, and tenants' own."""
 
-import signal
 import socket
 import ssl
 import struct
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -18,9 +16,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.chaos.cause_acts import restart_with
+from tests.chaos.cause_acts import admit_by, restart_with
 from tests.chaos.cause_scene import Scene, Undo
-from tests.chaos.plant import send_to
 from tests.waiting import wait_until
 
 NOBODY = "127.0.0.1:9"  # where nothing listens
@@ -58,22 +55,7 @@ def make_standby(scene: Scene) -> Undo:
 
 def ask_for_password(scene: Scene) -> Undo:
     """Which our URL does not have, as after a rotation that left us out."""
-    hba = scene.plant.folder / "postgres/data/pg_hba.conf"
-    usual, pid = hba.read_text(), scene.plant.postgres.pid
-    assert pid is not None
-    with scene.plant.connect() as connection:
-        hba.write_text("local all all scram-sha-256\nhost all all all scram-sha-256\n")
-        send_to([pid], signal.SIGHUP)
-        time.sleep(0.5)  # it reads the file when it gets to it
-        connection.execute(
-            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND datid IS NOT NULL"
-        )
-
-    def undo() -> None:
-        hba.write_text(usual)
-        send_to([pid], signal.SIGHUP)
-
-    return undo
+    return admit_by(scene, "scram-sha-256")
 
 
 def set_schema_ahead(scene: Scene) -> Undo:
