@@ -310,19 +310,25 @@ async def test_streams_that_begin_together_share_what_they_read(
     assert len(reads) < 30, "two hundred streams read the log by themselves"
 
 
-async def test_a_stream_that_begins_beside_others_reads_the_log_only_after_news(
-    reader: StreamReader,
-    start_job: Callable[[], RunningJob],
-    async_sessions: async_sessionmaker[AsyncSession],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(known_jobs, "KNOWN_SECONDS", SECONDS)
+@pytest.fixture
+def log_reads(async_sessions: async_sessionmaker[AsyncSession]) -> list[str]:
+    """The statements of this test that read a job's log."""
     reads: list[str] = []
     listen(
         async_sessions.kw["bind"].sync_engine,
         "before_cursor_execute",
-        lambda _, cursor, statement, *rest: reads.extend(["log"] if "job_chunks" in statement else []),
+        lambda _, cursor, statement, *rest: reads.extend([statement] if "job_chunks" in statement else []),
     )
+    return reads
+
+
+async def test_a_stream_that_begins_beside_others_reads_the_log_only_after_news(
+    reader: StreamReader,
+    start_job: Callable[[], RunningJob],
+    log_reads: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(known_jobs, "KNOWN_SECONDS", SECONDS)
     job = start_job()
     job.commit(3)
     async with AsyncExitStack() as stack:
@@ -333,9 +339,9 @@ async def test_a_stream_that_begins_beside_others_reads_the_log_only_after_news(
         first = await begin()
         await wait_until_async(lambda: reader._listener.version_of(job.job.id) is not None)
         beside = [first, await begin()]
-        num_read = len(reads)
+        num_read = len(log_reads)
         beside += [await begin(), await begin()]
-        assert len(reads) == num_read, "what was read a moment ago was read again"
+        assert len(log_reads) == num_read, "what was read a moment ago was read again"
         job.commit()  # and the message is lost
         later = await begin(after=2)
         await wait_until_async(lambda: all(numbers(one) == [1, 2, 3, 4] for one in beside))  # silence tells
@@ -353,16 +359,10 @@ async def test_a_stream_that_begins_beside_others_reads_the_log_only_after_news(
 async def test_a_stream_that_begins_beside_others_knows_what_they_have_heard(
     reader: StreamReader,
     start_job: Callable[[], RunningJob],
-    async_sessions: async_sessionmaker[AsyncSession],
+    log_reads: list[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(known_jobs, "KNOWN_SECONDS", SECONDS)
-    reads: list[str] = []
-    listen(
-        async_sessions.kw["bind"].sync_engine,
-        "before_cursor_execute",
-        lambda _, cursor, statement, *rest: reads.extend(["log"] if "job_chunks" in statement else []),
-    )
     job = start_job()
     job.commit(3)
     async with AsyncExitStack() as stack:
@@ -375,10 +375,10 @@ async def test_a_stream_that_begins_beside_others_knows_what_they_have_heard(
         second = await begin()
         job.publish(*job.commit(4))
         await wait_until_async(lambda: numbers(second)[-1:] == [7])
-        num_read = len(reads)
+        num_read = len(log_reads)
         third, fourth = await begin(), await begin(after=5)
         await wait_until_async(lambda: numbers(third) == [1, 2, 3, 4, 5, 6, 7] and numbers(fourth) == [6, 7])
-        assert len(reads) == num_read, "what others had heard was read"
+        assert len(log_reads) == num_read, "what others had heard was read"
         job.publish(*job.commit())
         job.complete()
     assert [numbers(one)[-1] for one in (first, second, third, fourth)] == [8] * 4
