@@ -129,18 +129,20 @@ class HandWorker:
         error: JobError | None = None,
         **last: Any,
     ) -> None:
-        """End the job after chunks that said `texts`, the last with the fields `last`. Cut off, its result is what
-        storage finds committed."""
+        """End the job after chunks that said `texts`, the last with the fields `last`; without texts, completed, it has
+        said the empty one. Cut off, its result is what storage finds committed."""
         chunks = [make_chunk(number, text) for number, text in enumerate(texts, start=1)]
         chunks[-1:] = [chunk.model_copy(update=last) for chunk in chunks[-1:]]
         num_prompt_tokens = len(job.prompt_token_ids)
-        result = partial_result(chunks, num_prompt_tokens=num_prompt_tokens, cut_off_by=FinishReason.STOP)
+        result = partial_result(
+            chunks or [make_chunk(1, "")], num_prompt_tokens=num_prompt_tokens, cut_off_by=FinishReason.STOP
+        )
         ending = Finalisation(
             job.id,
             job.attempt,
             last_sequence_number=len(chunks),
             status=status,
-            result=result if chunks and status is JobStatus.COMPLETED else None,
+            result=result if status is JobStatus.COMPLETED else None,
             finish_reason=FinishReason.STOP if status is JobStatus.COMPLETED else None,
             error=error,
         )
