@@ -56,10 +56,12 @@ def request_body() -> bytes:
 
 
 @contextmanager
-def server(command: list[str], environment: dict[str, str], log: Path) -> Iterator[tuple[psutil.Process, int]]:
+def server(
+    command: list[str], environment: dict[str, str], log: Path, root: Path = ROOT
+) -> Iterator[tuple[psutil.Process, int]]:
     """A server process and its port, once it has logged where it listens."""
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=root, env=os.environ | environment, stdout=output, stderr=output)
     try:
         yield psutil.Process(process.pid), _port_of(process, log)
     finally:

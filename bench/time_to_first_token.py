@@ -3,10 +3,12 @@
 For each model, first comes the ceiling: an engine process fed directly. Then the same jobs go singly through HTTP,
 PostgreSQL, Redis, the Celery worker, the committed chunk and the event stream, from the first byte of the POST to the
 first output.delta. Prints both, the difference and its parts, then one JSON line.
+
+`--route` takes another way in. `--against FOLDER` runs another checkout, with its own .venv, beside this one, and jobs
+of both by turns: what else the machine does, meets both alike.
 """
 
 import argparse
-import http.client
 import json
 import os
 import platform
@@ -17,12 +19,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from bench.accept import server
+from bench.first_token_routes import MAX_TOKENS, PROMPT, ROUTES, ask
 from domain.catalog import Catalog, ModelSpec
 from domain.jobs import external_id, new_id
 from domain.requests import GenerationRequest, SamplingParams
@@ -31,13 +33,11 @@ from gpu_worker.engine_process.supervisor import EngineProcess
 from gpu_worker.engine_process.template import EngineTemplate
 from local.servers import EmbeddedPostgres, EmbeddedRedis
 from settings import ROOT
-from storage.database import migrate
 from tasks.prepare import resolve_params
 from text.models import ModelView, complete, load_model_view
 
-PROMPT = "Once upon a time, a fox"
-MAX_TOKENS = 4
 PAUSE_SECONDS = 0.05  # between two jobs, so that the system is idle again
+NUM_WARM = 8  # jobs that are not measured: connections, caches, and statements that a client prepares after some uses
 START_SECONDS = 120
 
 MODELS = f"""
@@ -125,11 +125,11 @@ def _first_token_seconds(engine: EngineProcess, view: ModelView) -> float:
 
 
 @contextmanager
-def worker(model: str, environment: dict[str, str], log: Path) -> Iterator[None]:
-    command = [sys.executable, "-m", "celery", "-A", "gpu_worker.app", "worker"]
+def worker(model: str, environment: dict[str, str], log: Path, root: Path = ROOT) -> Iterator[None]:
+    command = [_python_of(root), "-m", "celery", "-A", "gpu_worker.app", "worker"]
     environment = os.environ | environment | {"CELERIAC_WORKER_MODEL": model}
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(command, cwd=root, env=environment, stdout=output, stderr=output)
     try:
         yield
     finally:
@@ -137,116 +137,110 @@ def worker(model: str, environment: dict[str, str], log: Path) -> Iterator[None]
         process.wait(timeout=60)
 
 
-def through_the_system(model: str, port: int, num_jobs: int) -> list[Samples]:
-    """[total, POST, accept to claim, claim to the client]."""
-    total, post, queue, rest = (
-        Samples(name)
-        for name in (
-            "through the system",
-            "  of that: POST until answered",
-            "  of that: accepted until claimed (SQL's clock)",
-            "  of that: the rest, engine included",
-        )
-    )
-    submitting = http.client.HTTPConnection("127.0.0.1", port)
-    for number in range(num_jobs + 3):
-        started = time.perf_counter()
-        job_id = _submit(submitting, model)
-        posted = time.perf_counter()
-        _read_until_first_delta(port, job_id)
-        ended = time.perf_counter()
-        job = _ask(submitting, f"/v1/jobs/{job_id}?wait=10")
-        time.sleep(PAUSE_SECONDS)
-        if number < 3:
-            continue  # connections, caches, prepared statements
+def wait_for_worker(port: int, log: Path) -> None:
+    ends_at = time.monotonic() + START_SECONDS
+    while ask(port, "/health")["workers"] == 0:
+        assert time.monotonic() < ends_at, f"no worker started:\n{log.read_text()[-2000:]}"
+        time.sleep(0.2)
+
+
+def _python_of(root: Path) -> str:
+    return sys.executable if root == ROOT else str(root / ".venv/bin/python")
+
+
+@contextmanager
+def stack(root: Path, model: str, models_file: Path, folder: Path) -> Iterator[int]:
+    """A system of its own, from this checkout or another one, with a worker that is ready. Yields the API's port."""
+    folder.mkdir()
+    with EmbeddedPostgres(folder / "postgres") as postgres, EmbeddedRedis(folder / "redis") as redis:
+        environment = {
+            "CELERIAC_DATABASE_URL": postgres.url,
+            "CELERIAC_REDIS_URL": redis.url,
+            "CELERIAC_MODELS_FILE": str(models_file),
+            "CELERIAC_PORT": "0",
+        }
+        migration = f"from storage.database import migrate; migrate({postgres.url!r})"
+        subprocess.run([_python_of(root), "-c", migration], cwd=root, check=True)
+        serve = "from api.server import serve; from settings import get_settings; serve(get_settings())"
+        log = folder / "worker.log"
+        with (
+            server([_python_of(root), "-c", serve], environment, folder / "api.log", root) as (_, port),
+            worker(model, environment, log, root),
+        ):
+            wait_for_worker(port, log)
+            yield port
+
+
+class Parts:
+    """What the jobs of one stack took, from the request to the first token."""
+
+    def __init__(self, name: str) -> None:
+        self.total = Samples(name)
+        self.answered = Samples("  of that: until the answer's head")
+        self.queue = Samples("  of that: accepted until claimed (SQL's clock)")
+        self.rest = Samples("  of that: the rest, engine included")
+
+    def measure(self, route: str, port: int, model: str) -> None:
+        taken = ROUTES[route](port, model)
+        job = ask(port, f"/v1/jobs/{taken.job_id}?wait=10")
         waited = (_at(job["started_at"]) - _at(job["created_at"])).total_seconds()
-        total.add(ended - started)
-        post.add(posted - started)
-        queue.add(waited)
-        rest.add(ended - posted - waited)
-    return [total, post, queue, rest]
+        self.total.add(taken.first)
+        self.answered.add(taken.answered)
+        self.queue.add(waited)
+        self.rest.add(taken.first - taken.answered - waited)
 
-
-def _submit(connection: http.client.HTTPConnection, model: str) -> str:
-    body = json.dumps({"model": model, "prompt": PROMPT, "params": {"max_tokens": MAX_TOKENS, "seed": 1}})
-    connection.request("POST", "/v1/jobs", body, {"content-type": "application/json"})
-    response = connection.getresponse()
-    answer = json.loads(response.read())
-    assert response.status == 202, answer
-    return str(answer["id"])
-
-
-def _read_until_first_delta(port: int, job_id: str) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("GET", f"/v1/jobs/{job_id}/events")
-    response = connection.getresponse()
-    while line := response.readline():
-        if line.startswith(b"event: output.delta"):
-            break
-    connection.close()
-
-
-def _ask(connection: http.client.HTTPConnection, path: str) -> dict[str, Any]:
-    connection.request("GET", path)
-    return dict(json.loads(connection.getresponse().read()))
+    def show(self) -> None:
+        for samples in (self.total, self.answered, self.queue, self.rest):
+            samples.show()
 
 
 def _at(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def wait_for_worker(port: int, log: Path) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", port)
-    ends_at = time.monotonic() + START_SECONDS
-    while _ask(connection, "/health")["workers"] == 0:
-        assert time.monotonic() < ends_at, f"no worker started:\n{log.read_text()[-2000:]}"
-        time.sleep(0.2)
-
-
-def bench(spec: ModelSpec, folder: Path, environment: dict[str, str], num_jobs: int) -> dict[str, object]:
-    print(f"\n{spec.id}, {num_jobs} jobs one at a time")
-    alone = engine_alone(spec, num_jobs)
+def bench(spec: ModelSpec, folder: Path, given: argparse.Namespace) -> dict[str, object]:
+    print(f"\n{spec.id}, {given.jobs} jobs one at a time, by {given.route}")
+    alone = engine_alone(spec, given.jobs)
     alone.show()
-    serve = "from api.server import serve; from settings import get_settings; serve(get_settings())"
-    log = folder / f"{spec.id}.log"
-    with (
-        server([sys.executable, "-c", serve], environment, folder / "api.log") as (_, port),
-        worker(spec.id, environment, log),
-    ):
-        wait_for_worker(port, log)
-        parts = through_the_system(spec.id, port, num_jobs)
-    for samples in parts:
-        samples.show()
-    added = parts[0].p50 - alone.p50
-    print(f"  added: p50 {added:.2f} ms", flush=True)
-    figures: dict[str, object] = {"added_p50_ms": round(added, 2), "engine_p50_ms": round(alone.p50, 2)}
-    return figures | {"system_p50_ms": round(parts[0].p50, 2)}
+    roots = {"through the system": ROOT} | ({"through the other one": given.against} if given.against else {})
+    with ExitStack() as running:
+        ports = {
+            name: running.enter_context(stack(root, spec.id, folder / "models.toml", folder / f"{spec.id}-{number}"))
+            for number, (name, root) in enumerate(roots.items())
+        }
+        measured = {name: Parts(name) for name in ports}
+        for number in range(given.jobs + NUM_WARM):
+            for name, port in ports.items():
+                (measured[name] if number >= NUM_WARM else Parts(name)).measure(given.route, port, spec.id)
+                time.sleep(given.pause)
+    figures: dict[str, object] = {"engine_p50_ms": round(alone.p50, 2)}
+    for name, parts, prefix in zip(measured, measured.values(), ("", "other_"), strict=False):
+        parts.show()
+        added = parts.total.p50 - alone.p50
+        print(f"  {name}, added: p50 {added:.2f} ms", flush=True)
+        figures |= {f"{prefix}added_p50_ms": round(added, 2), f"{prefix}system_p50_ms": round(parts.total.p50, 2)}
+    return figures
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=100)
     parser.add_argument("--model", choices=["fake", "celeriac-mini"], action="append")
+    parser.add_argument("--route", choices=list(ROUTES), default="jobs")
+    parser.add_argument("--against", type=Path, metavar="FOLDER")
+    parser.add_argument("--pause", type=float, default=PAUSE_SECONDS, help="seconds between two jobs")
     given = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]}"
+    )
     with tempfile.TemporaryDirectory(prefix="celeriac-bench-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
         models_file = folder / "models.toml"
         models_file.write_text(MODELS)
         catalog = Catalog.load(models_file)
-        with EmbeddedPostgres(folder / "postgres") as postgres, EmbeddedRedis(folder / "redis") as redis:
-            migrate(postgres.url)
-            environment = {
-                "CELERIAC_DATABASE_URL": postgres.url,
-                "CELERIAC_REDIS_URL": redis.url,
-                "CELERIAC_MODELS_FILE": str(models_file),
-                "CELERIAC_PORT": "0",
-            }
-            figures = {
-                model: bench(complete(catalog.get(model)), folder, environment, given.jobs)
-                for model in given.model or ["fake", "celeriac-mini"]
-            }
-    print(json.dumps({"bench": "time_to_first_token", **figures}))
+        models = given.model or ["fake", "celeriac-mini"]
+        figures = {model: bench(complete(catalog.get(model)), folder, given) for model in models}
+    print(json.dumps({"bench": "time_to_first_token", "route": given.route, **figures}))
 
 
 if __name__ == "__main__":
