@@ -44,9 +44,11 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         pools = await stack.enter_async_context(open_pools(settings))
         client = open_redis(settings.redis_url)
         stack.push_async_callback(client.aclose)
-        dispatcher = Dispatcher(pools.system_statements, client, catalog, settings)
+        bells = open_redis(settings.redis_url, timeout_seconds=None)
+        stack.push_async_callback(bells.aclose)
+        dispatcher = Dispatcher(pools.system_statements, bells, catalog, settings)
         stack.push_async_callback(dispatcher.aclose)
-        acceptor = await stack.enter_async_context(open_acceptor(settings))
+        acceptor = await stack.enter_async_context(open_acceptor(settings, ring=dispatcher.ring))
         monitor = await stack.enter_async_context(QueueMonitor(pools.system_statements, catalog, settings))
         submitter = Submitter(settings, views, acceptor, ring=dispatcher.ring, estimate=monitor.estimate)
         stack.push_async_callback(submitter.aclose)
@@ -89,7 +91,8 @@ async def open_services(settings: Settings, catalog: Catalog) -> AsyncIterator[S
         yield services
 
 
-def open_redis(url: str) -> "redis.asyncio.Redis":
+def open_redis(url: str, *, timeout_seconds: float | None = REDIS_TIMEOUT_SECONDS) -> "redis.asyncio.Redis":
+    """Without a timeout, the client sends at once, and not in a task of its own; the caller must have a deadline."""
     return redis.asyncio.Redis.from_url(
-        url, socket_timeout=REDIS_TIMEOUT_SECONDS, socket_connect_timeout=REDIS_TIMEOUT_SECONDS
+        url, socket_timeout=timeout_seconds, socket_connect_timeout=REDIS_TIMEOUT_SECONDS
     )

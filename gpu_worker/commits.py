@@ -135,8 +135,8 @@ class JobStorage:
                 jobs.commit_chunks(session, [nothing], lease_seconds=self.lease_seconds, owner=self.owner)
 
     def tell_claimed(self, claimed: Sequence[ClaimedJob]) -> None:
-        job_log.claimed(claimed, self._worker_name)
         self.notifier.publish((job.id, JobStatus.IN_PROGRESS) for job in claimed)
+        job_log.claimed(claimed, self._worker_name)
 
     def cancel_queued(self, job_ids: Sequence[UUID]) -> None:
         with self.sessions.begin() as session:
@@ -319,8 +319,8 @@ def commit(storage: JobStorage, flushes: Sequence[JobFlush]) -> FlushOutcome:
         log.exception("a job's output cannot be stored", extra={"job_id": flushes[0].job.name})
         return _give_up(storage, flushes[0], exc)
     cost_seconds = monotonic() - started_at
+    storage.notifier.publish(_events(flushes, held, ended))  # first: somebody waits for it
     _log_progress(flushes, held, ended)
-    storage.notifier.publish(_events(flushes, held, ended))
     return FlushOutcome(held, ended, cost_seconds)
 
 

@@ -24,6 +24,7 @@ from domain.requests import GenerationRequest, JobRequest
 from storage import full_queues
 from storage import job_statements as sql
 from storage.admission import Admission, Asking
+from storage.database import discard_plans
 from storage.job_queries import JobRecord
 from storage.job_statements import Packed
 
@@ -120,6 +121,11 @@ class Accepted:
     standing: LimitStanding | None = None  # of the limits with a rate, if there are any
     num_queued: int | None = None  # if ACCEPTED: jobs of its tenant that wait, this one included
 
+    @property
+    def is_queued(self) -> bool:
+        """Whether it is a new job that waits for a worker."""
+        return self.outcome is AcceptOutcome.ACCEPTED and self.record is None
+
 
 AcceptAnswered = Callable[[Session, Sequence[NewJob]], dict[UUID, Accepted]]
 
@@ -148,6 +154,13 @@ def accept(
     for place, refusal in zip(full, refusals, strict=True):
         outcomes[place] = replace(outcomes[place], refusal=refusal)
     return outcomes
+
+
+def plan_ahead(session: Session, *, max_queued_jobs: int, max_poison_jobs_per_hour: int) -> None:
+    """Call in a quiet moment, on a connection that keeps plans: makes the one that the next job would wait for."""
+    discard_plans(session)  # unless they were when the connection was taken from its pool
+    bounds = {"max_queued_jobs": max_queued_jobs, "max_poison_jobs_per_hour": max_poison_jobs_per_hour}
+    session.execute(sql.ACCEPT, of_new_jobs([]) | bounds)
 
 
 @dataclass(frozen=True, slots=True)

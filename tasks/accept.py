@@ -1,7 +1,7 @@
 """Group commit of submissions: all that arrive during one commit go into the next one.
 
 A group is one statement and one COMMIT, so a hundred jobs cost little more than one. A job is accepted once that COMMIT
-has returned.
+has returned. Workers are told of it then, before its client: they have the longer way to go.
 """
 
 import asyncio
@@ -38,6 +38,8 @@ MAX_WAITING = 8_192  # submissions, in turns of their tenants
 NUM_FLUSHERS = 2  # one prepares while the other waits for the disk
 NUM_RETRIES = 2  # of a group whose COMMIT may or may not have happened
 ANSWER_SECONDS = 5.0  # the longest that a submission waits for the database
+PLAN_SECONDS = 3.0  # for which plans are kept: longer than IDLE_SECONDS
+IDLE_SECONDS = 2.0  # after so long without a job, plans are made anew
 STALLED_SECONDS = 2.0  # if all flushers have waited this long, submissions are refused at once
 
 _UNREACHABLE = (*OUTAGES, OSError)
@@ -66,19 +68,23 @@ class GroupAcceptor:
         max_queued_jobs: int,
         max_poison_jobs_per_hour: int = MAX_POISON_JOBS_PER_HOUR,
         answer_seconds: float = 86_400.0,
+        ring: Callable[[str, UUID], None] = lambda model, job_id: None,
     ) -> None:
-        """`answer_seconds`: how old the answers of the response cache may be."""
+        """`answer_seconds`: how old the answers of the response cache may be. `ring(model id, job id)` is called right
+        after the commit; it must return at once and never raise."""
         self._sessions = sessions
         self._bounds = {"max_queued_jobs": max_queued_jobs, "max_poison_jobs_per_hour": max_poison_jobs_per_hour}
         self._answer_seconds = answer_seconds
+        self._ring = ring
         self._waiting: SharedQueue[_Waiting] = SharedQueue(MAX_WAITING)
         self._wakeup = asyncio.Event()
         self._under_way: dict[int, _Flush] = {}  # by flusher
+        self._flushed_at = 0.0  # monotonic: when the last flush began
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         self._tasks = [asyncio.create_task(self._flush_forever(number)) for number in range(NUM_FLUSHERS)]
-        self._tasks.append(asyncio.create_task(self._refuse_overdue()))
+        self._tasks += [asyncio.create_task(self._refuse_overdue()), asyncio.create_task(self._plan_ahead())]
 
     async def stop(self) -> None:
         """Waiting submissions are refused with StorageUnavailable, so that clients retry with another server."""
@@ -114,6 +120,18 @@ class GroupAcceptor:
                 if waiting.since < too_old:
                     _refuse(waiting, _unconfirmed())
 
+    async def _plan_ahead(self) -> None:
+        """While no job comes, make anew the plan that the next one would have to wait for."""
+        while True:
+            await asyncio.sleep(IDLE_SECONDS)
+            if time.monotonic() - self._flushed_at < IDLE_SECONDS:
+                continue
+            try:
+                async with self._sessions() as session:
+                    await session.run_sync(job_accept.plan_ahead, **self._bounds)
+            except (DBAPIError, *_UNREACHABLE) as exc:  # the next job will tell, if it is still so
+                log.debug("no plans could be made", extra={"reason": describe_exception(exc)})
+
     async def _flush_forever(self, number: int) -> None:
         while True:
             await self._wakeup.wait()
@@ -121,7 +139,8 @@ class GroupAcceptor:
             if not group:
                 self._wakeup.clear()
                 continue
-            self._under_way[number] = _Flush(group, time.monotonic())
+            self._flushed_at = time.monotonic()
+            self._under_way[number] = _Flush(group, self._flushed_at)
             try:
                 await self._flush(group)
             except Exception as exc:  # an outermost loop: one bad group must not stop accepting
@@ -152,9 +171,19 @@ class GroupAcceptor:
         except (DBAPIError, CannotSendTogether):
             await self._flush_halves(group)
         else:
+            await self._ring_for(group, outcomes)
             for waiting, accepted in zip(group, outcomes, strict=True):
                 if not waiting.answer.done():
                     waiting.answer.set_result(accepted)
+
+    async def _ring_for(self, group: list[_Waiting], outcomes: list[Accepted]) -> None:
+        """Returns when the message is on its way: the event loop writes at the end of a turn, and in the same one would
+        make the answers first."""
+        queued = [waiting.new_job for waiting, accepted in zip(group, outcomes, strict=True) if accepted.is_queued]
+        for new_job in queued:
+            self._ring(new_job.request.model_id, new_job.id)
+        if queued:
+            await asyncio.sleep(0)
 
     async def _flush_halves(self, group: list[_Waiting]) -> None:
         """Isolate a job that SQL refuses, or that is too long for others, by bisection: it does not fail its group."""
@@ -256,15 +285,16 @@ def _told_apart() -> Iterator[None]:
 
 
 @asynccontextmanager
-async def open_acceptor(settings: Settings) -> AsyncIterator[GroupAcceptor]:
-    """An acceptor with its own connections."""
+async def open_acceptor(settings: Settings, *, ring: Callable[[str, UUID], None]) -> AsyncIterator[GroupAcceptor]:
+    """An acceptor with its own connections. `ring` as in GroupAcceptor."""
     database = open_statement_database(settings.database_url, pool_size=NUM_FLUSHERS, max_overflow=0)
-    keep_plans(database.sync_engine)
+    keep_plans(database.sync_engine, seconds=PLAN_SECONDS)
     acceptor = GroupAcceptor(
         async_session_factory(database),
         max_queued_jobs=settings.max_queued_jobs,
         max_poison_jobs_per_hour=settings.max_poison_jobs_per_hour,
         answer_seconds=settings.response_cache_seconds,
+        ring=ring,
     )
     acceptor.start()
     try:

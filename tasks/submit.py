@@ -141,8 +141,9 @@ class Submitter:
         ring: Callable[[str, UUID], None],
         estimate: Callable[[NewJob], Eta | None] = lambda new_job: None,
     ) -> None:
-        """`ring(model id, job id)` is called after each accept; it must return at once and never raise. `estimate` says
-        when a job would start and end, or None if that cannot be told."""
+        """`ring(model id, job id)` is called after each accept other than the acceptor's, which rings itself; it must
+        return at once and never raise. `estimate` says when a job would start and end, or None if that cannot be
+        told."""
         self._settings = settings
         self._views = views
         self._acceptor = acceptor
@@ -195,7 +196,7 @@ class Submitter:
         new_job = job.new_job
         with counting_refusals(new_job.request.model_id):
             note_submitted(external_id(new_job.id))
-            accepted = await (accept or self._acceptor.accept)(new_job)
+            accepted = await (self._acceptor.accept(new_job) if accept is None else self.accept_alone(new_job, accept))
             if accepted.job_id != new_job.id:
                 note_submitted(external_id(accepted.job_id))
             note_standing(accepted.standing)
@@ -207,14 +208,20 @@ class Submitter:
             self._known.note(job, options)
         return submitted
 
+    async def accept_alone(self, new_job: NewJob, accept: Callable[[NewJob], Awaitable[Accepted]]) -> Accepted:
+        """Accept a job by a commit of its own, and let workers know of it."""
+        accepted = await accept(new_job)
+        if accepted.is_queued:
+            self._ring(new_job.request.model_id, new_job.id)
+        return accepted
+
     def conclude(self, new_job: NewJob, accepted: Accepted) -> Submitted:
-        """Call after the commit: logs and counts the submission, and lets workers know of a new job."""
+        """Call after the commit: logs and counts the submission."""
         is_new = accepted.outcome is AcceptOutcome.ACCEPTED
         if is_new and accepted.record is not None:
             job_log.answered(new_job)
         elif is_new:
             job_log.accepted(new_job)
-            self._ring(new_job.request.model_id, new_job.id)
         else:
             job_log.submitted(new_job.request.model_id, accepted.outcome.value)
         cache: CacheOutcome | None = None
@@ -432,7 +439,7 @@ async def resubmit(
             webhook_url=None if (old.webhook_url or "").startswith(URL_PREFIX) else old.webhook_url,
             webhook_statuses=[JobStatus(status) for status in old.webhook_statuses or ()],
         )
-        accepted = await accept(new_job, how.keeps_output)
+        accepted = await submitter.accept_alone(new_job, lambda job: accept(job, how.keeps_output))
         note_standing(accepted.standing)
         raise_refusal(accepted, options)
     return submitter.conclude(new_job, accepted)

@@ -9,18 +9,19 @@ import pytest
 from sqlalchemy import event, func, select, text
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, sessionmaker
 
 from domain.errors import ServerOverloaded, StorageUnavailable
 from domain.jobs import new_id
 from domain.requests import GenerationRequest
+from settings import Settings
 from storage import answers, job_accept
 from storage.database import async_session_factory, keep_plans, open_statement_database
 from storage.job_accept import Accepted, AcceptOutcome, NewJob
 from storage.tables import DEFAULT_TENANT_ID, Job
 from tasks import accept as group_accept
-from tasks.accept import GroupAcceptor
-from tests.waiting import SECONDS, slowness
+from tasks.accept import GroupAcceptor, open_acceptor
+from tests.waiting import SECONDS, slowness, wait_until_async
 
 
 def make_new_job(**fields: Any) -> NewJob:
@@ -89,6 +90,32 @@ async def test_what_arrives_together_is_committed_in_few_groups(
     assert all(answer.created_at is not None for answer in accepted)
     assert await count_jobs(sessions) == sum(groups) == 100
     assert len(groups) <= 4
+
+
+async def test_workers_are_told_after_the_commit_and_before_the_clients(
+    async_database: AsyncEngine, sessions: async_sessionmaker[AsyncSession], session_factory: sessionmaker[Session]
+) -> None:
+    told: list[str] = []
+    sending: list[asyncio.Task[None]] = []
+    new_jobs = [make_new_job(idempotency_key=key) for key in ("a", "b", "a")]
+
+    async def send(job_id: UUID) -> None:
+        with session_factory() as session:
+            told.append(f"sent {[job.id for job in new_jobs].index(job_id)} {session.get_one(Job, job_id).status}")
+
+    acceptor = GroupAcceptor(
+        sessions,
+        max_queued_jobs=10,
+        ring=lambda model, job_id: sending.append(asyncio.get_running_loop().create_task(send(job_id))),
+    )
+    acceptor.start()
+
+    async def submit(number: int) -> None:
+        told.append(f"{(await acceptor.accept(new_jobs[number])).outcome} {number}")
+
+    await asyncio.gather(*map(submit, range(3)))
+    assert told == ["sent 0 queued", "sent 1 queued", "accepted 0", "accepted 1", "duplicate 2"]
+    await acceptor.stop()
 
 
 async def test_long_prompts_are_committed_in_several_groups(
@@ -173,6 +200,17 @@ async def test_plans_are_kept_but_not_for_long(database_url: str, monkeypatch: p
         assert await session.scalar(text("SELECT pg_backend_pid()")) != pid, "a lost connection is replaced"
     await admin.dispose()
     await database.dispose()
+
+
+async def test_while_no_job_comes_plans_are_made_anew(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("storage.database.PLAN_SECONDS", 0.0)
+    monkeypatch.setattr(group_accept, "IDLE_SECONDS", 0.02)
+    executed: list[str] = []
+    async with open_acceptor(Settings(database_url=database_url), ring=lambda model, job_id: None) as acceptor:
+        database = acceptor._sessions.kw["bind"].sync_engine
+        event.listen(database, "before_cursor_execute", lambda *args: executed.append(args[2].split()[0]))
+        await wait_until_async(lambda: executed.count("WITH") >= 2)
+    assert [word for word in executed if word in ("DISCARD", "WITH")][:4] == ["DISCARD", "WITH"] * 2
 
 
 async def test_a_commit_whose_answer_was_lost_is_found_and_not_repeated(
