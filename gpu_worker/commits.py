@@ -135,7 +135,7 @@ class JobStorage:
                 jobs.commit_chunks(session, [nothing], lease_seconds=self.lease_seconds, owner=self.owner)
 
     def tell_claimed(self, claimed: Sequence[ClaimedJob]) -> None:
-        self.notifier.publish((job.id, JobStatus.IN_PROGRESS) for job in claimed)
+        self.notifier.publish((job.id, streams.Started(job.attempt, job.last_sequence_number)) for job in claimed)
         job_log.claimed(claimed, self._worker_name)
 
     def cancel_queued(self, job_ids: Sequence[UUID]) -> None:

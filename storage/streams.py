@@ -6,8 +6,10 @@ Redis keys
 | celeriac:stream:{job_id} | channel | -        | worker, API, janitor       | API    |
 
 A message is JSON: {"chunk": TokenChunk}, or {"status": JobStatus} after a transition, which makes the reader check SQL.
-Pub/sub may lose, repeat or delay any message. The reader therefore subscribes first, replays SQL, goes live, drops
-repeats and fills gaps. It emits a chunk only if it is the next one in sequence, and takes statuses only from SQL.
+That of a claim has the attempt and the last chunk before it as well, so that no reader is asking SQL when the first
+token comes. Pub/sub may lose, repeat or delay any message. The reader therefore subscribes first, replays SQL, goes
+live, drops repeats and fills gaps. It emits a chunk only if it is the next one in sequence, the start of an attempt
+only if it has all chunks before it, and takes all other statuses from SQL.
 
 One pub/sub connection serves all streams of a process (storage/stream_channels.py). If Redis is down, slow or flushed,
 nothing arrives, and the reader notices the silence.
@@ -44,7 +46,16 @@ SILENCE_SECONDS = 1.0
 
 STORAGE_RETRY_SECONDS = 0.5  # before a database that did not answer is asked again
 
-Event = TokenChunk | JobStatus
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The claim of a job is committed: the start of an attempt, which goes on after the chunk number `after`."""
+
+    attempt: int
+    after: int
+
+
+Event = TokenChunk | JobStatus | Started
 
 P = ParamSpec("P")
 
@@ -68,6 +79,23 @@ class StreamMessage(BaseModel):
 
     chunk: TokenChunk | None = None
     status: JobStatus | None = None
+    attempt: int | None = None  # with `in_progress`, after a claim; as in Started
+    after: int = 0
+
+    @classmethod
+    def of(cls, event: Event) -> Self:
+        if isinstance(event, TokenChunk):
+            return cls(chunk=event)
+        if isinstance(event, Started):
+            return cls(status=JobStatus.IN_PROGRESS, attempt=event.attempt, after=event.after)
+        return cls(status=event)
+
+    @property
+    def news(self) -> TokenChunk | Started | None:
+        """What a stream may emit; None if it should read SQL."""
+        if self.chunk is not None or self.attempt is None or self.status is not JobStatus.IN_PROGRESS:
+            return self.chunk
+        return Started(self.attempt, self.after)
 
 
 def publish(client: "redis.Redis", events: Iterable[tuple[UUID, Event]]) -> bool:
@@ -78,8 +106,7 @@ def publish(client: "redis.Redis", events: Iterable[tuple[UUID, Event]]) -> bool
     """
     pipeline = client.pipeline(transaction=False)
     for job_id, event in events:
-        message = StreamMessage(chunk=event) if isinstance(event, TokenChunk) else StreamMessage(status=event)
-        pipeline.publish(channel_of(job_id), message.model_dump_json(exclude_defaults=True))
+        pipeline.publish(channel_of(job_id), StreamMessage.of(event).model_dump_json(exclude_defaults=True))
     try:
         pipeline.execute()
     except redis.RedisError as exc:
@@ -95,15 +122,17 @@ class _Stream:
     job_id: UUID
     last: int  # the last sequence number emitted
     stage: tuple[int, int] = (0, 1)  # the last (attempt, stage within it) emitted; see _stage
-    live: list[TokenChunk] = field(default_factory=list)  # mostly empty, for which a deque keeps half a kilobyte
+    live: list[TokenChunk | Started] = field(
+        default_factory=list
+    )  # mostly empty, for which a deque keeps half a kilobyte
     is_behind: bool = True  # whether SQL may have something that the live queue does not have
     heard_at: float = field(default_factory=monotonic)
     news: asyncio.Future[None] | None = None  # while the consumer waits for some
 
-    def offer(self, chunk: TokenChunk) -> None:
-        if chunk.sequence_number <= self.last:
+    def offer(self, news: TokenChunk | Started) -> None:
+        if isinstance(news, TokenChunk) and news.sequence_number <= self.last:
             return
-        self.live.append(chunk)
+        self.live.append(news)
         if len(self.live) > MAX_LIVE_CHUNKS:
             self.live.clear()
             self.is_behind = True
@@ -114,14 +143,24 @@ class _Stream:
         """What has been heard and comes next. Behind a gap, the stream is behind, too."""
         taken: list[TokenChunk | StatusChange] = []
         heard, self.live = self.live, []
-        for chunk in heard:
-            if chunk.sequence_number == self.last + 1:
+        for news in heard:
+            if isinstance(news, Started):
+                self.is_behind |= news.after > self.last
+                taken += [] if self.is_behind else self._begin(news.attempt)
+            elif news.sequence_number == self.last + 1:
                 self.last += 1
-                taken.append(chunk)
-            elif chunk.sequence_number > self.last:
-                self.is_behind = True
+                taken.append(news)
+            else:
+                self.is_behind |= news.sequence_number > self.last
+            if self.is_behind:
                 break
         return taken
+
+    def _begin(self, attempt: int) -> list[StatusChange]:
+        if (attempt, 0) <= self.stage:
+            return []
+        self.stage = (attempt, 0)
+        return [StatusChange(JobStatus.IN_PROGRESS, attempt)]
 
     def look(self) -> None:
         """Make the stream read SQL."""
@@ -270,8 +309,8 @@ class StreamReader:
             return
         self.known.hear(job_id, message.chunk)
         for stream in streams:
-            if message.chunk is not None:
-                stream.offer(message.chunk)
+            if message.news is not None:
+                stream.offer(message.news)
             elif message.status is not None:
                 stream.look()
 
@@ -310,8 +349,8 @@ def _advance(
     stream: _Stream, state: StreamState | None, chunks: Sequence[TokenChunk]
 ) -> Iterable[TokenChunk | StatusChange]:
     """Advance the stream to what SQL has returned, and yield what is new: the start of an attempt comes before its
-    chunks, its end after them."""
-    is_new = state is not None and _stage(state) > stream.stage
+    chunks, its end after them. The end of the job is always new."""
+    is_new = state is not None and (_stage(state) > stream.stage or state.status.is_terminal)
     if state is not None and is_new and state.status is JobStatus.IN_PROGRESS:
         stream.stage = _stage(state)
         yield StatusChange(state.status, state.attempt)

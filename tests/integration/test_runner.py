@@ -66,7 +66,7 @@ def test_what_is_published_is_what_was_committed_in_the_same_order(rig: Rig) -> 
         worker.offer([job_id])
         wait_until(lambda: {"status": "completed"} in read(), "the end is published")
     heard = read()
-    assert heard[0] == {"status": "in_progress"}
+    assert heard[0] == {"status": "in_progress", "attempt": 1}
     assert [TokenChunk.model_validate(message["chunk"]) for message in heard[1:-1]] == rig.chunks(job_id)
     assert len(heard) > 3, "a stream, not one lump"
 

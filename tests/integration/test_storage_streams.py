@@ -23,7 +23,7 @@ from storage import jobs, known_jobs, streams
 from storage.database import async_session_factory, open_async_database
 from storage.jobs import ChunkCommit, Finalisation
 from storage.stream_channels import channel_of
-from storage.streams import StatusChange, StreamReader, publish
+from storage.streams import Event, Started, StatusChange, StreamReader, publish
 from storage.tables import Job
 from tests.conftest import MakeJob
 from tests.storage_samples import claim_these
@@ -68,7 +68,7 @@ class RunningJob:
         self.last += count
         return chunks
 
-    def publish(self, *events: TokenChunk | JobStatus) -> None:
+    def publish(self, *events: Event) -> None:
         publish(self.client, [(self.job.id, event) for event in events])
 
     def complete(self, *, is_announced: bool = True) -> None:
@@ -234,6 +234,26 @@ async def test_a_lost_attempt_shows_as_queued_and_the_next_one_goes_on(
         StatusChange(JobStatus.IN_PROGRESS, 2),
         StatusChange(JobStatus.COMPLETED, 2),
     ]
+
+
+async def test_a_start_is_shown_without_asking_sql_once_all_chunks_before_it_are(
+    reader: StreamReader, start_job: Callable[[], RunningJob], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = start_job()
+    async with following(reader, job) as received:
+        await wait_until_async(lambda: reader._listener._subscribed[job.job.id].is_set())
+        monkeypatch.setattr(reader._log, "read", None)
+        job.publish(*job.commit(3), Started(1, after=0), Started(2, after=3), *job.commit())
+        await wait_until_async(lambda: numbers(received) == [1, 2, 3, 4])
+        assert statuses(received) == [JobStatus.IN_PROGRESS] * 2
+        assert received[-2] == StatusChange(JobStatus.IN_PROGRESS, 2)
+        monkeypatch.undo()
+        job.commit()
+        job.publish(Started(3, after=5))
+        await wait_until_async(lambda: numbers(received) == [1, 2, 3, 4, 5])
+        assert statuses(received) == [JobStatus.IN_PROGRESS] * 2, "of the third start SQL knows nothing"
+        job.complete()
+    assert statuses(received)[2:] == [JobStatus.COMPLETED], "the end is shown whatever was announced before it"
 
 
 async def test_a_slow_consumer_catches_up_from_sql(reader: StreamReader, start_job: Callable[[], RunningJob]) -> None:
