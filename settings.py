@@ -14,7 +14,7 @@ from typing import IO, Any, Literal
 from pydantic import ByteSize, Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from domain.addresses import RedisUrl
+from domain.addresses import POOL_MODE, TRANSACTION_MODE, RedisUrl
 from domain.catalog import Catalog
 from domain.errors import ExpectedError
 
@@ -129,6 +129,9 @@ class Settings(BaseSettings):
         with _without_quoting(ValueError, ArgumentError):
             if "@" in (make_url(url).host or ""):
                 raise ValueError("the host contains part of a password")
+            mode = make_url(url).query.get(POOL_MODE, "session")
+        if mode not in ("session", TRANSACTION_MODE):
+            raise ValueError(f"{POOL_MODE} is {mode!r}; give {TRANSACTION_MODE}, or leave it out")
         return url
 
     @field_validator("redis_url")

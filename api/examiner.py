@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
-from sqlalchemy import event, text
+from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -41,6 +41,7 @@ from settings import Settings
 from storage import certificates, processes, troubles
 from storage.database import async_session_factory, open_statement_database, repeatable, within
 from storage.processes import ProcessKind, ProcessReport
+from storage.session_settings import set_for_connections
 from storage.troubles import DISK_FULL, READ_ONLY, ServerState
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,14 @@ T = TypeVar("T")
 
 EXAMINE_SECONDS = 2.0  # between two looks
 CHECK_SECONDS = 2.0  # how long the database may take to answer
-LOCK_MILLISECONDS = 500  # for which the examiner itself waits for a lock
+
+# The examiner's own statements. Those that are abandoned after CHECK_SECONDS end then, or the next look would find no
+# connection; and what is written here need not survive a crash.
+IMPATIENT = {
+    "statement_timeout": f"{CHECK_SECONDS:g}s",
+    "lock_timeout": "500ms",
+    "synchronous_commit": "off",
+}
 WRITE_SECONDS = 5.0  # between two tries to write
 CERTIFICATE_SECONDS = 600.0  # between two looks at the certificates of servers
 BLOCKED_SECONDS = 10.0  # for which a lock is named after it was last waited for: those that give up come back
@@ -322,22 +330,13 @@ def _state_reasons(state: ServerState, asked_at: float, answered_at: float) -> I
         yield Reason(ReasonCode.CLOCK, f"{seen}: run NTP on both machines")
 
 
-def _be_impatient(connection: Any, record: object) -> None:
-    """Statements that are abandoned after CHECK_SECONDS end then, or the next look would find no connection."""
-    cursor = connection.cursor()
-    cursor.execute(f"SET lock_timeout = '{LOCK_MILLISECONDS}ms'; SET statement_timeout = '{CHECK_SECONDS:g}s'")
-    cursor.execute("SET synchronous_commit = off")  # what is written here need not survive a crash
-    cursor.close()
-    connection.commit()
-
-
 @asynccontextmanager
 async def open_examiner(
     settings: Settings, others: Callable[[Sequence[Reason]], Iterator[Reason]]
 ) -> AsyncIterator[Examiner]:
     """Looks until it is closed."""
     database = open_statement_database(settings.database_url, pool_size=1, max_overflow=1)
-    event.listen(database.sync_engine, "connect", _be_impatient)
+    set_for_connections(database.sync_engine, IMPATIENT)
     name = f"api {os.getpid()} on {socket.gethostname()}"
     report = ProcessReport(uuid4(), ProcessKind.API, name, version("celeriac"))
     of_redis = RedisExaminer(settings.redis_url)

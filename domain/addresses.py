@@ -7,6 +7,8 @@ name), `Origin` (RFC 6454) or the `Sec-Fetch-*` headers of Fetch Metadata (https
 One Redis URL serves both redis-py and Celery's transport (kombu). They spell databases, Unix sockets and TLS
 differently and have different defaults for verification; kombu leaves `rediss://` unverified. Sources: redis-py
 `Redis.from_url`, Celery "Using Redis" and `broker_use_ssl`.
+
+The database's URL is libpq's, with one parameter of ours, which says how a pooler in between lends its sessions.
 """
 
 import difflib
@@ -23,6 +25,10 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 NAVIGATION = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
 
 MAX_REMEMBERED = 256  # host names that were parsed: all requests of a machine name the same few
+
+POOL_MODE = "pool_mode"  # a parameter of the database's URL, by PgBouncer's word for it
+
+TRANSACTION_MODE = "transaction"
 
 MAX_SHOWN = 80  # how many characters of a header value a refusal repeats
 

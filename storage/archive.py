@@ -20,8 +20,12 @@ from storage.tables import Job, JobPayload, JobResult, Tenant
 MAX_READ = 50  # jobs at a time, all of whose texts are in memory
 ARCHIVE_LOCK = 0x0CE1_E41A_AC41  # a key of PostgreSQL's advisory locks
 
-TAKE_LOCK, GIVE_LOCK = text("SELECT pg_try_advisory_lock(:key)"), text("SELECT pg_advisory_unlock(:key)")
-WAIT_FOR_LOCK = text("SELECT pg_advisory_lock(:key)")
+# The lock is held as long as its transaction, in which nothing else happens meanwhile.
+HOLD_ON = text("""
+SELECT set_config('idle_in_transaction_session_timeout', '0', true), set_config('lock_timeout', :wait, true)
+""")
+TAKE_LOCK = text("SELECT pg_try_advisory_xact_lock(:key)")
+WAIT_FOR_LOCK = text("SELECT pg_advisory_xact_lock(:key)")
 
 # Columns of a job that say what it was and how it went; how it was run is of no use after it.
 COLUMNS = (
@@ -103,7 +107,6 @@ def delete_archived(session: Session, tenant_id: UUID, job_ids: Sequence[UUID]) 
 def _take_lock(connection: Connection, wait_seconds: int) -> bool:
     if not wait_seconds:
         return bool(connection.scalar(TAKE_LOCK, {"key": ARCHIVE_LOCK}))
-    connection.execute(text(f"SET lock_timeout = '{wait_seconds}s'"))
     try:
         connection.execute(WAIT_FOR_LOCK, {"key": ARCHIVE_LOCK})
     except OperationalError as exc:
@@ -115,13 +118,9 @@ def _take_lock(connection: Connection, wait_seconds: int) -> bool:
 
 @contextmanager
 def archive_lock(database: Engine, *, wait_seconds: int = 0) -> Iterator[bool]:
-    """Holds the lock of the archive, without an open transaction, which the server would end; whether it was got. Only
-    one process at a time writes to the archive or erases from it."""
-    with database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        is_taken = _take_lock(connection, wait_seconds)
-        try:
-            yield is_taken
-        finally:
-            if is_taken:
-                connection.execute(GIVE_LOCK, {"key": ARCHIVE_LOCK})
-            connection.invalidate()  # its settings are not those of the pool
+    """Holds the lock of the archive; whether it was got. Only one process at a time writes to the archive or erases
+    from it. The lock is a transaction's, since behind a pooler nothing else lasts; that transaction sees nothing, so it
+    keeps no table from being vacuumed."""
+    with database.connect() as connection:
+        connection.execute(HOLD_ON, {"wait": f"{wait_seconds}s"})
+        yield _take_lock(connection, wait_seconds)

@@ -1,8 +1,8 @@
 """SQLAlchemy engines and sessions on PostgreSQL, with the settings that we rely on, and the migration of the schema.
 
-Each connection must have a session of its own: time limits, planner settings and prepared statements belong to a
-session, and a pooler in transaction or statement mode may run each transaction in a different one. Settings are made
-after connecting, since PgBouncer refuses or drops those that come with the connection; it lists this under "Features":
+Time limits, planner settings and prepared statements belong to a session, and a pooler in transaction mode may run each
+transaction in a different one; storage/session_settings.py says what we do there. Settings are made after connecting,
+since PgBouncer refuses or drops those that come with the connection; it lists this under "Features":
 https://www.pgbouncer.org/features.html
 """
 
@@ -15,13 +15,14 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import psycopg
 from psycopg.errors import IdleInTransactionSessionTimeout, ReadOnlySqlTransaction
-from sqlalchemy import URL, Connection, Engine, ExceptionContext, create_engine, event, func, make_url, select, text
+from sqlalchemy import URL, Connection, Engine, ExceptionContext, event, func, make_url, select, text
 from sqlalchemy.exc import DBAPIError, DisconnectionError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.errors import ExpectedError
+from storage.session_settings import is_pooled, keeps_sessions, make_async_database, make_database, set_for_connections
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,13 @@ NUM_LOOKS = 8  # with a busy pooler, one check may miss that two connections sha
 PLANNER = {"plan_cache_mode": "force_custom_plan", "jit": "off", "random_page_cost": "1.1"}
 
 SHARED = (
-    "CELERIAC_DATABASE_URL leads to a pooler in transaction or statement mode: two of our connections share a session "
-    "of PostgreSQL, so time limits, locks and prepared statements would be lost; "
+    "CELERIAC_DATABASE_URL leads to a pooler in transaction mode: two of our connections share a session; "
+    "append ?pool_mode=transaction to the URL (&pool_mode=transaction if it has a ? already), so that no setting, lock "
+    "or prepared statement outlasts its transaction; or set pool_mode = session in the pooler"
+)
+
+NO_TRANSACTIONS = (
+    "CELERIAC_DATABASE_URL leads to a pooler in statement mode, which has no transactions; "
     "set pool_mode = session in the pooler, or use the URL of PostgreSQL itself"
 )
 
@@ -57,27 +63,26 @@ def guard_sessions(database: Engine, idle_seconds: float) -> None:
         "lock_timeout": LOCK_TIMEOUT_SECONDS,
         "idle_in_transaction_session_timeout": idle_seconds,
     }
-    settings = PLANNER | {name: f"{round(1000 * seconds)}ms" for name, seconds in timeouts.items()}
-    statement = "SELECT " + ", ".join(f"set_config('{name}', '{value}', false)" for name, value in settings.items())
-
-    @event.listens_for(database, "connect")
-    def set_up(connection: Any, record: object) -> None:
-        _execute(connection, statement)
-        connection.commit()  # a rollback would undo the settings
+    milliseconds = {name: f"{round(1000 * seconds)}ms" for name, seconds in timeouts.items()}
+    set_for_connections(database, PLANNER | milliseconds)
 
 
 def refuse_shared_sessions(url: URL) -> None:
-    """Raise SharedSessions if one session of PostgreSQL serves two connections, or two sessions serve one connection.
-    Raises OperationalError if the server does not answer."""
+    """Raise SharedSessions if one session of PostgreSQL serves two connections, or two sessions serve one connection;
+    or, if the URL says that this is so, if a connection cannot keep its session for a transaction. Raises
+    OperationalError if the server does not answer."""
     options = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "prepare_threshold": None}
-    database = create_engine(url, isolation_level="AUTOCOMMIT", pool_size=2, connect_args=options)
+    database = make_database(url, isolation_level="AUTOCOMMIT", pool_size=2, connect_args=options)
     try:
         with database.connect() as first, database.connect() as second:
+            if is_pooled(url):
+                first.exec_driver_sql("BEGIN")
+                second.exec_driver_sql("BEGIN")
             looks = [(_session_of(first), _session_of(second)) for _ in range(NUM_LOOKS)]
     except DBAPIError as exc:
         if STATEMENT_MODE not in str(exc.orig):
             raise
-        raise SharedSessions(SHARED) from exc
+        raise SharedSessions(NO_TRANSACTIONS) from exc
     finally:
         database.dispose()
     firsts, seconds = map(set, zip(*looks, strict=True))
@@ -141,7 +146,7 @@ def open_database(
     """A pool of sync connections, for workers and maintenance. Connects on first use. The server ends transactions that
     are idle for `idle_seconds`. For a caller that repeats its calls after an outage, connections are not asked whether
     they still work each time, which is a round trip: one that was lost while idle raises one of OUTAGES."""
-    database = create_engine(
+    database = make_database(
         database_url(url),
         pool_size=pool_size,
         max_overflow=max_overflow,
@@ -158,7 +163,7 @@ def open_async_database(
     url: str, *, pool_size: int = 10, max_overflow: int = 10, idle_seconds: float = IDLE_SECONDS
 ) -> AsyncEngine:
     """A pool of async connections, for the API; otherwise like `open_database`."""
-    database = create_async_engine(
+    database = make_async_database(
         database_url(url),
         pool_size=pool_size,
         max_overflow=max_overflow,
@@ -174,7 +179,7 @@ def open_async_database(
 def open_statement_database(url: str, *, pool_size: int = 10, max_overflow: int = 10) -> AsyncEngine:
     """Like `open_async_database`, but for single statements that may be repeated. They autocommit, in one round trip
     instead of four, and a connection lost while idle is noticed only when it is used; see `repeatable`."""
-    database = create_async_engine(
+    database = make_async_database(
         database_url(url),
         pool_size=pool_size,
         max_overflow=max_overflow,
@@ -194,7 +199,10 @@ PLAN_SECONDS = 1.0  # in which no table grows so much that its plan could matter
 def keep_plans(database: Engine, *, seconds: float | None = None) -> None:
     """Have connections plan a statement once in `seconds` (PLAN_SECONDS), not each time. For statements that are long
     and executed often, and whose plan depends on no parameter: planning them costs more than running them. So does
-    planning the checks of foreign keys, which PostgreSQL does for every inserted row otherwise."""
+    planning the checks of foreign keys, which PostgreSQL does for every inserted row otherwise. A pooler's sessions
+    keep no plans."""
+    if not keeps_sessions(database):
+        return
 
     @event.listens_for(database, "connect")
     def set_up(connection: Any, record: Any) -> None:
@@ -218,7 +226,8 @@ def discard_plans(session: Session) -> bool:
     """For a quiet moment: discard the plans of this session's connection if they are older than PLAN_SECONDS. Returns
     whether it did."""
     connection = session.connection()
-    if monotonic() - connection.info[_PLANNED_AT] < PLAN_SECONDS:
+    planned_at = connection.info.get(_PLANNED_AT)
+    if planned_at is None or monotonic() - planned_at < PLAN_SECONDS:
         return False
     connection.exec_driver_sql("DISCARD PLANS")
     connection.info[_PLANNED_AT] = monotonic()
@@ -314,7 +323,7 @@ def migrate(url: str, say: Callable[[str], None] = log.warning) -> None:
     parsed = database_url(url)
     refuse_shared_sessions(parsed)
     connect_args = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "prepare_threshold": None}
-    database = create_engine(parsed, connect_args=connect_args)
+    database = make_database(parsed, connect_args=connect_args)
     try:
         with database.begin() as locking, database.connect() as connection:
             _take_migration_lock(locking, say)

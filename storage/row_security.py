@@ -6,30 +6,26 @@ session, SETTING (migration 0031):
 
 | the session's setting                | it sees                                                                       |
 |--------------------------------------|-------------------------------------------------------------------------------|
-| not set                              | all tenants: workers, maintenance, commands, psql, `system` pools of the API  |
+| not set, or empty                    | all tenants: workers, maintenance, commands, psql, `system` pools of the API  |
 | NO_TENANT, as `wall_off` sets it     | none of any tenant                                                            |
 | a tenant, set for one transaction    | that tenant's                                                                 |
 
+Empty is what PostgreSQL shows of a setting that was set for a transaction before (migration 0048).
 docs/adr/0058 says why it is done this way.
 """
 
 import logging
-from typing import Any, Self
+from typing import Any
 
-from psycopg import AsyncCursor
-from psycopg.pq import TransactionStatus
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from domain.shares import NO_TENANT, current_tenant
+from storage.session_settings import CarriedSettings, carried_settings, carry, keeps_sessions, set_for_connections
 
 log = logging.getLogger(__name__)
 
 SETTING = "celeriac.tenant_id"
-
-SET_FOR_SESSION = f"SELECT set_config('{SETTING}', '{NO_TENANT}', false)"
-
-SET_FOR_TRANSACTION = f"SELECT set_config('{SETTING}', %s, true)"
 
 # One row: why PostgreSQL does not enforce the policies for this role, or NULL if it does.
 GAP = """
@@ -48,40 +44,20 @@ END FROM (
 REMEDY = "let Celeriac connect as a role of its own that owns its tables and has neither SUPERUSER nor BYPASSRLS"
 
 
-class TenantCursor(AsyncCursor[Any]):
-    """Runs each transaction as `current_tenant`. The setting travels with the first statement, in one round trip."""
-
-    async def execute(self, query: Any, params: Any = None, **options: Any) -> Self:
-        if self.connection.info.transaction_status is not TransactionStatus.IDLE:
-            return await super().execute(query, params, **options)
-        async with self.connection.pipeline():  # one transaction, even where each statement commits
-            await self._set_tenant()
-            await super().execute(query, params, **options)
-        return self
-
-    async def executemany(self, query: Any, params_seq: Any, **options: Any) -> None:
-        if self.connection.info.transaction_status is not TransactionStatus.IDLE:
-            return await super().executemany(query, params_seq, **options)
-        async with self.connection.pipeline():
-            await self._set_tenant()
-            await super().executemany(query, params_seq, **options)
-
-    async def _set_tenant(self) -> None:
-        await AsyncCursor(self.connection).execute(SET_FOR_TRANSACTION, (str(current_tenant.get()),))
-
-
 def wall_off(database: AsyncEngine) -> AsyncEngine:
-    """Let the connections of this pool, which has none yet, see only rows of `current_tenant`."""
-
-    @event.listens_for(database.sync_engine, "connect")
-    def set_up(connection: Any, record: object) -> None:
-        cursor = connection.cursor()
-        cursor.execute(SET_FOR_SESSION)
-        cursor.close()
-        connection.commit()  # a rollback would undo it
-        connection.driver_connection.cursor_factory = TenantCursor
-
+    """Let the connections of this pool, which has none yet, see only rows of `current_tenant`. It travels with each
+    transaction, in the round trip of its first statement."""
+    engine = database.sync_engine
+    if keeps_sessions(engine):
+        set_for_connections(engine, {SETTING: str(NO_TENANT)})
+        carry(engine, CarriedSettings({SETTING: _tenant}))
+    else:
+        carried_settings(engine)[SETTING] = _tenant
     return database
+
+
+def _tenant() -> str:
+    return str(current_tenant.get())
 
 
 def warn_of_gap(database: AsyncEngine) -> None:

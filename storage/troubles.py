@@ -103,9 +103,14 @@ SELECT c.relname FROM pg_class c WHERE c.relnamespace = current_schema()::regnam
 ORDER BY c.relname
 """)
 
-# Emptied at each commit, so that each insert makes its file one page longer, which takes room on the disk.
-MAKE_PROBE = text("CREATE TEMPORARY TABLE IF NOT EXISTS celeriac_room (filler text) ON COMMIT DELETE ROWS")
-PROBE = text("INSERT INTO celeriac_room VALUES ('x')")
+# Emptied at each commit, so that each insert makes its file one page longer, which takes room on the disk. One
+# statement, since a pooler may run the next one in another session, which has no such table.
+PROBE = text("""
+DO $$ BEGIN
+    CREATE TEMPORARY TABLE IF NOT EXISTS celeriac_room (filler text) ON COMMIT DELETE ROWS;
+    INSERT INTO celeriac_room VALUES ('x');
+END $$
+""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,5 +234,4 @@ def told_troubles(session: Session) -> list[Told]:
 
 def try_to_write(session: Session) -> None:
     """Write where nobody sees it. Raises what PostgreSQL raises when its disk is full (53100)."""
-    session.execute(MAKE_PROBE)
     session.execute(PROBE)

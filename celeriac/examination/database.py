@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from datetime import datetime
 from importlib.metadata import version
 
-from sqlalchemy import Connection, create_engine, text
+from sqlalchemy import Connection, text
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
@@ -16,6 +16,7 @@ from domain.troubles import WORDS, Trouble
 from settings import Settings
 from storage import certificates, job_queues, maintenance, processes, row_security, troubles, workers
 from storage.database import CONNECT_ARGS, MIGRATIONS, SharedSessions, database_url, refuse_shared_sessions
+from storage.session_settings import keeps_sessions, make_database, set_for_connections
 from storage.tables import Worker
 
 MIN_POSTGRES = 14
@@ -29,7 +30,9 @@ def database_results(settings: Settings) -> Iterator[CheckResult]:
     try:
         refuse_shared_sessions(url)
     except SharedSessions as exc:
-        yield fail("pooler", str(exc), "set pool_mode = session in the pooler")
+        yield fail(
+            "pooler", str(exc), "append ?pool_mode=transaction to the URL, or set pool_mode = session in the pooler"
+        )
         return
     except SQLAlchemyError as exc:
         seen = _first_line(exc)
@@ -41,12 +44,12 @@ def database_results(settings: Settings) -> Iterator[CheckResult]:
         remedy = "start it with celeriac up, or name a server in CELERIAC_DATABASE_URL"
         yield fail("database", f"it does not answer: {seen}", remedy)
         return
-    database = create_engine(
+    database = make_database(
         url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=CONNECT_ARGS
     )  # a statement that fails does not harm the next one
+    set_for_connections(database, {"statement_timeout": f"{STATEMENT_SECONDS}s"})
     try:
         with database.connect() as connection:
-            connection.execute(text(f"SET statement_timeout = '{STATEMENT_SECONDS}s'"))
             yield from _server_results(connection, time.monotonic() - begun_at)
             with Session(connection) as session:
                 yield from _trouble_results(session)
@@ -70,7 +73,10 @@ def _server_results(connection: Connection, seconds: float) -> Iterator[CheckRes
 
     release = int(shown("server_version_num")) // 10_000
     has_tls = connection.scalar(text("SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()"))
-    seen = f"PostgreSQL {release}, {'with' if has_tls else 'without'} TLS, with sessions of our own ({seconds:.1f} s)"
+    sessions = (
+        "with sessions of our own" if keeps_sessions(connection.engine) else "behind a pooler in transaction mode"
+    )
+    seen = f"PostgreSQL {release}, {'with' if has_tls else 'without'} TLS, {sessions} ({seconds:.1f} s)"
     if release < MIN_POSTGRES:
         yield fail("database", seen, f"upgrade it to PostgreSQL {MIN_POSTGRES} or newer")
     elif connection.scalar(text("SELECT pg_is_in_recovery()")):

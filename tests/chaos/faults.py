@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from local.servers import EmbeddedServer
 from tests.chaos.plant import Part, Plant, send_to
 from tests.chaos.proxy import Link
+from tests.pooler import Pooler
 
 #: How often each kind is drawn.
 WEIGHTS = {
@@ -38,6 +39,9 @@ WEIGHTS = {
     "half-open redis": 2,
     "latency": 2,
 }
+
+#: Where a pooler stands before PostgreSQL.
+POOLER_WEIGHTS = WEIGHTS | {"pooler kill": 6}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,7 @@ class Striker:
     links: Mapping[str, Link]
     lease_seconds: float
     has_isolated: Callable[[str], bool]  # whether this worker runs a suspect alone
+    pooler: Pooler | None = None
     struck: list[Struck] = field(default_factory=list)
     _busy: set[str] = field(default_factory=set)
 
@@ -104,6 +109,8 @@ class Striker:
             await self._strike_part(fault, record, subject)
         elif subject in ("redis", "postgres"):
             await self._strike_server(fault, record, subject, what)
+        elif subject == "pooler":
+            await self._strike_pooler(fault, record)
         else:
             await self._strike_link(fault, record)
         record.ended_at = time.time()
@@ -171,6 +178,16 @@ class Striker:
         else:
             await asyncio.to_thread(self.plant.restart_redis, is_emptied="emptied" in what)
         self._busy.discard(subject)
+
+    async def _strike_pooler(self, fault: Fault, record: Struck) -> None:
+        if self.pooler is None or "pooler" in self._busy:
+            return
+        self._busy.add("pooler")
+        record.target = "pooler"
+        self.pooler.kill()
+        await asyncio.sleep(self.lease_seconds * fault.size)
+        await asyncio.to_thread(self.pooler.start)
+        self._busy.discard("pooler")
 
     # Connections
 

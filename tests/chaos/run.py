@@ -1,6 +1,7 @@
 """A chaos run: the whole system as real processes, a load, and a seeded schedule of faults; then the verdict.
 
     python -m tests.chaos.run --seconds 60 --seed 1
+    python -m tests.chaos.run --pooler transaction       # with a PgBouncer before PostgreSQL, which is killed, too
 
 The seed gives the schedule, which is printed first, and what the clients do. The last line is JSON; the exit code is 0
 only where nothing was violated. The logs of a run that found something are kept.
@@ -28,13 +29,14 @@ from gpu_worker.engine.fake_tokens import num_drawn_tokens
 from settings import ROOT
 from tests.chaos import audit, stalls
 from tests.chaos.clients import Clients
-from tests.chaos.faults import WEIGHTS, Fault, Striker, make_schedule
+from tests.chaos.faults import POOLER_WEIGHTS, WEIGHTS, Fault, Striker, make_schedule
 from tests.chaos.mutants import MUTANTS
 from tests.chaos.plant import Plant, host_and_port, start_prepared, start_python
 from tests.chaos.proxy import Link
 from tests.chaos.trees import Edit, copy_tree
 from tests.chaos.verdict import REAL_WORKER, judge_run
 from tests.chaos.workload import FAKE_MODEL, MODELS, REAL_MODEL, REAL_MODELS, Workload, describe
+from tests.pooler import Pooler
 
 LEASE_SECONDS = 3.0
 SETTINGS = {
@@ -66,6 +68,7 @@ class Options:
     max_tokens: int = 400  # of a job of the fake model
     quiet_seconds: float = 90.0  # after the last fault; what is not over by then is stuck
     is_kept: bool = False  # the folder with the logs, also where all is well
+    pool_mode: str = ""  # of a PgBouncer before PostgreSQL; empty: there is none
     edits: tuple[Edit, ...] = ()  # that make a mutant of the code
     weights: Mapping[str, float] = field(default_factory=lambda: WEIGHTS)
     schedule: tuple[Fault, ...] = ()  # instead of one that is drawn
@@ -96,6 +99,7 @@ class Run:
             start=start_prepared if options.is_prepared else start_python,
         )
         self._links: dict[str, Link] = {}
+        self._pooler: Pooler | None = None
         self._phase = "starting"
         self._began_at = time.monotonic()
 
@@ -104,7 +108,7 @@ class Run:
             self._options.seed,
             seconds=self._options.seconds,
             per_minute=self._options.faults_per_minute,
-            weights=self._options.weights,
+            weights=POOLER_WEIGHTS if self._options.pool_mode else self._options.weights,
         )
         self._console.print(f"seed {self._options.seed}, {len(schedule)} faults (seconds, kind, choice/size):")
         self._console.print(describe(schedule), soft_wrap=True, highlight=False)
@@ -113,7 +117,7 @@ class Run:
                 await self._start(stack)
                 clients = Clients(self._plant.api_urls, seed=self._options.seed)
                 stack.push_async_callback(clients.close)
-                striker = Striker(self._plant, self._links, LEASE_SECONDS, self._has_isolated)
+                striker = Striker(self._plant, self._links, LEASE_SECONDS, self._has_isolated, self._pooler)
                 await self._live_through(clients, striker, schedule)
                 report = await asyncio.to_thread(self._judge, clients, striker)
         finally:
@@ -130,9 +134,13 @@ class Run:
             audit.install(connection)
             stalls.install(connection)
         await asyncio.to_thread(self._plant.restart_postgres)
-        postgres_socket = Path(self._plant.postgres.url.partition("host=")[2]) / ".s.PGSQL.5432"
+        postgres: Path | tuple[str, int] = Path(self._plant.postgres.url.partition("host=")[2]) / ".s.PGSQL.5432"
+        if self._options.pool_mode:
+            self._pooler = Pooler(self._plant.postgres.url_of(self._plant.postgres.database), self._options.pool_mode)
+            await asyncio.to_thread(stack.enter_context, self._pooler)
+            postgres = ("127.0.0.1", self._pooler.port)
         for group in ("api", "gpu", "maintenance"):
-            for server, upstream in (("postgres", postgres_socket), ("redis", host_and_port(self._plant.redis.url))):
+            for server, upstream in (("postgres", postgres), ("redis", host_and_port(self._plant.redis.url))):
                 link = Link(f"{group} to {server}", upstream)
                 self._links[link.name] = await stack.enter_async_context(link)
         self._plant.start_parts(database_url=self._database_url, redis_url=self._redis_url)
@@ -141,6 +149,8 @@ class Run:
     def _database_url(self, name: str) -> str:
         port = self._link(name, "postgres").port
         options = f"application_name={name}&sslmode=disable&gssencmode=disable"
+        if self._options.pool_mode == "transaction":
+            options += "&pool_mode=transaction"
         return f"postgresql://postgres@127.0.0.1:{port}/{self._plant.postgres.database}?{options}"
 
     def _redis_url(self, name: str) -> str:
@@ -272,6 +282,7 @@ def main() -> int:
         "--max-tokens", type=int, default=Options.max_tokens, help="of a job; longer ones have more chunks"
     )
     parser.add_argument("--without-real-model", action="store_false", dest="has_real_model")
+    parser.add_argument("--pooler", choices=["session", "transaction"], default="", dest="pool_mode")
     parser.add_argument("--mutant", choices=list(MUTANTS), help="run the code without one of its rules")
     parser.add_argument("--keep", action="store_true", dest="is_kept", help="keep the logs and the tables")
     arguments = vars(parser.parse_args())

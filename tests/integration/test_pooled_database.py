@@ -1,25 +1,27 @@
-"""PostgreSQL behind PgBouncer: session mode is as good as none, the other modes are refused with the reason."""
+"""PostgreSQL behind PgBouncer: in session mode as good as none; in transaction mode nothing outlasts a transaction."""
 
+import asyncio
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from uuid import UUID
 
 import psycopg
 import pytest
-from sqlalchemy import text
-from sqlalchemy.engine import make_url
+from pydantic import ValidationError
+from sqlalchemy import select, text
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from local.processes import free_port
+from domain.shares import NO_TENANT, current_tenant
 from local.servers import EmbeddedPostgres
-from settings import ROOT
+from settings import ROOT, Settings
 from storage import database as storage_database
+from storage.archive import archive_lock
 from storage.database import (
     MIGRATION_LOCK,
     MigrationRunning,
@@ -28,13 +30,15 @@ from storage.database import (
     migrate,
     open_async_database,
     open_database,
+    open_statement_database,
     refuse_shared_sessions,
 )
-from tests.waiting import wait_until
+from storage.row_security import wall_off
+from storage.tables import Tenant
+from tests.pooler import Pooler, needs_pgbouncer
 
 pytestmark = pytest.mark.slow
 
-PGBOUNCER = shutil.which("pgbouncer") or shutil.which("pgbouncer", path="/usr/sbin")
 GUARDS = {
     "statement_timeout": "30s",
     "lock_timeout": "10s",
@@ -44,48 +48,21 @@ GUARDS = {
     "random_page_cost": "1.1",
 }
 
-needs_pgbouncer = pytest.mark.skipif(PGBOUNCER is None, reason="needs a pgbouncer on PATH")
 
-
-@contextmanager
-def pooler(direct_url: str, mode: str) -> Iterator[str]:
-    """The URL of the same database behind a PgBouncer with default settings, all but the mode."""
-    assert PGBOUNCER is not None
-    url = make_url(direct_url)
-    folder, port = Path(tempfile.mkdtemp(prefix="celeriac-pooler-")), free_port("127.0.0.1", 0)
-    (folder / "pgbouncer.ini").write_text(
-        f"[databases]\n{url.database} = host={url.query['host']} user={url.username}\n[pgbouncer]\n"
-        f"listen_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = {mode}\n"
-    )
-    folder.chmod(0o755)
-    command = [PGBOUNCER, *(["-u", "nobody"] if os.geteuid() == 0 else []), str(folder / "pgbouncer.ini")]
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-    pooled = f"postgresql://{url.username}@127.0.0.1:{port}/{url.database}"
-    try:
-        wait_until(lambda: _answers(pooled), f"pgbouncer answers: {(folder / 'log').read_text()}")
-        yield pooled
-    finally:
-        process.terminate()
-        process.wait()
-        shutil.rmtree(folder)
-
-
-def _answers(url: str) -> bool:
-    try:
-        psycopg.connect(url, autocommit=True, connect_timeout=2).close()
-    except psycopg.OperationalError:
-        return False
-    return True
-
-
-@pytest.fixture(params=["direct", pytest.param("session", marks=needs_pgbouncer)])
+@pytest.fixture(params=["direct", *(pytest.param(mode, marks=needs_pgbouncer) for mode in ("session", "transaction"))])
 def usable_url(request: pytest.FixtureRequest, database_url: str) -> Iterator[str]:
     if request.param == "direct":
         yield database_url
         return
-    with pooler(database_url, "session") as url:
-        yield url
+    with Pooler(database_url, request.param) as pooler:
+        yield pooler.url
+
+
+@pytest.fixture
+def one_session(database_url: str) -> Iterator[Pooler]:
+    """A pooler that serves everybody by one session of PostgreSQL."""
+    with Pooler(database_url, "transaction", num_servers=1) as pooler:
+        yield pooler
 
 
 def test_our_guards_hold_in_every_transaction(usable_url: str) -> None:
@@ -95,6 +72,8 @@ def test_our_guards_hold_in_every_transaction(usable_url: str) -> None:
             assert {name: connection.scalar(text(f"SHOW {name}")) for name in GUARDS} == GUARDS
         with database.connect() as connection:
             connection.rollback()
+        with database.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            assert {name: connection.scalar(text(f"SHOW {name}")) for name in GUARDS} == GUARDS
     database.dispose()
 
 
@@ -114,17 +93,25 @@ def test_a_session_of_our_own_is_accepted(usable_url: str) -> None:
 
 
 @needs_pgbouncer
-@pytest.mark.parametrize("mode", ["transaction", "statement"])
-def test_shared_sessions_are_refused(database_url: str, mode: str) -> None:
-    with pooler(database_url, mode) as url, pytest.raises(SharedSessions, match="set pool_mode = session"):
-        migrate(url)
+@pytest.mark.parametrize(
+    ("mode", "remedy"), [("transaction", "pool_mode=transaction to the URL"), ("statement", "set pool_mode = session")]
+)
+def test_what_a_pooler_does_not_keep_is_refused(database_url: str, mode: str, remedy: str) -> None:
+    with Pooler(database_url, mode) as pooler, pytest.raises(SharedSessions, match=remedy):
+        migrate(pooler.bare_url)
+
+
+@needs_pgbouncer
+def test_no_pooler_in_statement_mode_passes_for_one_in_transaction_mode(database_url: str) -> None:
+    with Pooler(database_url, "statement") as pooler, pytest.raises(SharedSessions, match="has no transactions"):
+        migrate(f"{pooler.bare_url}?pool_mode=transaction")
 
 
 @needs_pgbouncer
 @pytest.mark.parametrize("command", ["migrate", "api", "worker", "maintenance"])
 def test_no_process_starts_on_shared_sessions(database_url: str, tmp_path: Path, command: str) -> None:
-    with pooler(database_url, "transaction") as url:
-        environment = os.environ | {"CELERIAC_DATABASE_URL": url, "CELERIAC_DATA_DIR": str(tmp_path)}
+    with Pooler(database_url, "transaction") as pooler:
+        environment = os.environ | {"CELERIAC_DATABASE_URL": pooler.bare_url, "CELERIAC_DATA_DIR": str(tmp_path)}
         done = subprocess.run(
             [sys.executable, "-m", "celeriac", command],
             cwd=ROOT,
@@ -135,8 +122,70 @@ def test_no_process_starts_on_shared_sessions(database_url: str, tmp_path: Path,
             check=False,
         )
     assert done.returncode != 0
-    assert "pool_mode = session" in done.stderr
+    assert "?pool_mode=transaction" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_another_pool_mode_is_refused_with_the_words_there_are() -> None:
+    with pytest.raises(ValidationError, match="pool_mode is 'statement'; give transaction, or leave it out"):
+        Settings(database_url="postgresql://celeriac@db/celeriac?pool_mode=statement")
+
+
+@needs_pgbouncer
+def test_nothing_that_we_set_or_prepare_stays_in_a_shared_session(one_session: Pooler) -> None:
+    """Whoever comes next may be another application."""
+    database = open_database(one_session.url, idle_seconds=2.0)
+    for _ in range(12):  # psycopg prepares what it has executed five times
+        with database.begin() as connection:
+            connection.execute(text("SELECT id FROM tenants WHERE name = :name"), {"name": "nobody"})
+    with archive_lock(database) as is_taken:
+        assert is_taken
+    names = ", ".join(f"current_setting('{name}')" for name in GUARDS)
+    with psycopg.connect(one_session.bare_url, autocommit=True, prepare_threshold=None) as other:
+        assert other.execute(f"SELECT {names}").fetchone() not in (None, tuple(GUARDS.values()))
+        for leftover in ("pg_prepared_statements", "pg_locks WHERE locktype = 'advisory'"):
+            assert other.execute(f"SELECT count(*) FROM {leftover}").fetchone() == (0,), leftover
+        assert other.execute("SHOW statement_timeout").fetchone() == ("0",)
+    database.dispose()
+
+
+@needs_pgbouncer
+@pytest.mark.parametrize("open_pool", [open_statement_database, open_async_database])
+@pytest.mark.parametrize("mode", ["session", "transaction"])
+def test_two_tenants_and_the_installation_share_one_session(
+    database_url: str, make_tenant: Callable[..., Tenant], open_pool: Callable[[str], AsyncEngine], mode: str
+) -> None:
+    """Each sees its own rows, whoever was in that session before: by turns, after commits, rollbacks and errors."""
+    both = {make_tenant().id, make_tenant().id}
+    names = select(Tenant.id).where(Tenant.id.in_(both))
+
+    async def seen(database: AsyncEngine, end: str) -> set[UUID]:
+        async with database.connect() as connection:
+            found = set(await connection.scalars(names))
+            if end == "error":
+                with pytest.raises(ProgrammingError):
+                    await connection.execute(text("SELECT nothing"))
+            elif end == "commit":
+                await connection.commit()
+            return found
+
+    async def look(url: str) -> None:
+        for end in ("commit", "rollback", "error"):
+            for tenant_id in (*both, NO_TENANT):
+                walled, system = wall_off(open_pool(url)), open_async_database(url)
+                current_tenant.set(tenant_id)
+                for _ in range(3):
+                    assert await seen(walled, end) == {tenant_id} & both
+                    if mode == "session":
+                        await walled.dispose()  # the next one needs its session
+                    assert await seen(system, end) == both
+                    if mode == "session":
+                        await system.dispose()
+                await walled.dispose()
+                await system.dispose()
+
+    with Pooler(database_url, mode, num_servers=1) as pooler:
+        asyncio.run(look(pooler.url))
 
 
 def test_a_second_migration_says_for_whom_it_waits_and_ends(
