@@ -315,18 +315,20 @@ class RunningBatch:
             log.warning("could not renew the leases of %d jobs in time; stopping them", len(lapsed))
             self.release(lapsed)
 
-    def report_exit(self, exit_: EngineExit) -> None:
-        """The engine has ended: commit what it sent before, report its jobs as crashed, and plan its restart."""
+    def report_exit(self, exit_: EngineExit) -> str:
+        """The engine has ended: commit what it sent before, report its jobs as crashed, and plan its restart. Returns
+        in words how it ended."""
         in_engine = [job for job in self._jobs.values() if job.is_in_engine]
         self.flush(in_engine)
         lost = [job for job in in_engine if not job.is_ending]
         verdict = self._quarantine.judge(exit_, lost)
         self._supervisor.plan_restart(verdict.num_crashes_before)
-        log.error("the engine ended: %s", exit_.description, extra={"num_jobs": len(lost)})
+        log.error("the engine ended: %s", verdict.how, extra={"num_jobs": len(lost)})
         if self._quarantine.is_worker_at_fault:
             self.release(lost)
         elif lost:
             self._report_crash(lost, verdict.weight_by_job_id)
+        return verdict.how
 
     def _report_crash(self, lost: list[RunningJob], weight_by_job_id: dict[UUID, int]) -> None:
         for job in lost:

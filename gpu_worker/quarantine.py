@@ -51,7 +51,7 @@ RECENT_STEPS = 3  # a job that came in within this many steps is suspected more 
 OWN_CGROUPS = Path("/proc/self/cgroup")
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 HOST_COUNTERS = Path("/proc/vmstat")
-COUNTER = "oom_kill"  # the number of killed processes; both files use this name
+COUNTER = "oom_kill"  # the number of killed processes; all files use this name
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +93,14 @@ class Crash:
 class Verdict:
     """The conclusions from one crash."""
 
+    how: str  # it ended, in words for operators
     weight_by_job_id: dict[UUID, int]  # for all jobs in the engine; 0 if the job is not accused
     num_crashes_before: int  # recent crashes that were not part of a trial
 
 
 class OomKills:
     """Tells whether a SIGKILL may have come from the OOM killer. Uses the kernel's count of OOM kills in our control
-    group and below it (cgroup v2), or else on the whole host."""
+    group and below it, or else on the whole host."""
 
     def __init__(self, paths: Sequence[Path] | None = None) -> None:
         self._paths = [*_own_group(), HOST_COUNTERS] if paths is None else paths
@@ -119,11 +120,17 @@ class OomKills:
 
 
 def _own_group() -> list[Path]:
-    """The `memory.events` file of the control group of worker and engine; empty for the root group, which has none."""
+    """Where the control group of worker and engine may count, in the first or the second version of the kernel's
+    hierarchies. The root group counts nowhere."""
+    paths = []
     with suppress(OSError):
-        groups = [line.removeprefix("0::/") for line in OWN_CGROUPS.read_text().splitlines() if line.startswith("0::/")]
-        return [CGROUP_ROOT / group / "memory.events" for group in groups]
-    return []
+        for line in OWN_CGROUPS.read_text().splitlines():
+            number, controllers, group = line.split(":", 2)
+            if "memory" in controllers.split(","):
+                paths.append(CGROUP_ROOT / "memory" / group.lstrip("/") / "memory.oom_control")
+            elif number == "0":
+                paths.append(CGROUP_ROOT / group.lstrip("/") / "memory.events")
+    return paths
 
 
 class Quarantine:
@@ -196,19 +203,22 @@ class Quarantine:
         now = monotonic()
         num_before = sum(now - crash.at < self._rules.crash_seconds for crash in self._crashes)
         is_trial = self.job is not None and list(jobs) == [self.job]
-        weight_by_job_id = self._accuse(exit_, jobs, is_trial=is_trial)
+        is_memory_short = exit_.is_outside_kill and self._oom_kills.is_possible()
+        weight_by_job_id = self._accuse(exit_, jobs, most=1 if is_memory_short and not is_trial else 0)
         accused = frozenset(job_id for job_id, weight in weight_by_job_id.items() if weight)
         if not (is_trial and accused):
             self._crashes.append(Crash(now, accused, exit_.is_outside_kill))
-        return Verdict(weight_by_job_id, num_before)
+        how = exit_.description
+        if exit_.is_outside_kill:
+            how += ", probably by the kernel for want of memory" if is_memory_short else " by somebody else"
+        return Verdict(how, weight_by_job_id, num_before)
 
-    def _accuse(self, exit_: EngineExit, jobs: Sequence[RunningJob], *, is_trial: bool) -> dict[UUID, int]:
+    def _accuse(self, exit_: EngineExit, jobs: Sequence[RunningJob], *, most: int) -> dict[UUID, int]:
+        """`most`: how strongly a kill from outside makes a job suspected."""
         recorded = {(job.job_id, job.attempt): weight_of(job) for job in exit_.last_step}
         weight_by_job_id = {job.id: recorded.get((job.name, job.attempt), 0) for job in jobs}
         if not exit_.is_outside_kill:
             return weight_by_job_id
-        is_memory_short = self._oom_kills.is_possible()
-        most = 1 if is_memory_short and not is_trial else 0
         return {job_id: min(weight, most) for job_id, weight in weight_by_job_id.items()}
 
     def forget_crashes(self) -> None:

@@ -259,10 +259,10 @@ class RunnerThread:
         if exit_ is None:
             return
         self._exits.inc()
-        self._troubles.engine_ended(now, exit_.description)
         self._meter.forget_engine()
-        self._batch.report_exit(exit_)
-        if failure := self._failure_of(exit_):
+        how = self._batch.report_exit(exit_)
+        self._troubles.engine_ended(now, how)
+        if failure := self._failure_of(exit_, how):
             self._give_up(failure)
 
     def _settle_memory(self, now: float, *, is_idle: bool) -> None:
@@ -285,7 +285,7 @@ class RunnerThread:
         if now > self._room_deadline:
             self._batch.release_texts()
 
-    def _failure_of(self, exit_: EngineExit) -> WorkerFailure | None:
+    def _failure_of(self, exit_: EngineExit, how: str) -> WorkerFailure | None:
         """The reason not to start another engine; None if it is worth trying."""
         if exit_.why_not_loaded is not None:
             # If the model has been loaded before, its configuration is right, and memory may just be short for a while.
@@ -293,7 +293,7 @@ class RunnerThread:
             remedy = "fix its files or models.toml, then start the worker again"
             return WorkerFailure(f"{reason}; {remedy}", is_lasting=not self._has_been_ready, is_of_model=True)
         if self._quarantine.is_worker_at_fault:
-            reason = f"the engine of model {self._spec.id!r} keeps crashing; the last exit: {exit_.description}"
+            reason = f"the engine of model {self._spec.id!r} keeps crashing; the last exit: {how}"
             return WorkerFailure(reason, is_of_model=True)
         return None
 

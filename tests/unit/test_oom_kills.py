@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+import pytest
+
+from gpu_worker import quarantine
 from gpu_worker.quarantine import OomKills
 
 EVENTS = "low 0\nhigh 0\nmax 12\noom 3\noom_kill {}\noom_group_kill 9\n"
@@ -21,3 +24,29 @@ def test_where_nobody_counts_it_is_always_possible(tmp_path: Path) -> None:
     (tmp_path / "vmstat").write_text("nr_free_pages 7\n")
     assert OomKills([tmp_path / "missing", tmp_path / "vmstat"]).is_possible()
     assert OomKills([]).is_possible()
+
+
+@pytest.mark.parametrize(
+    ("groups", "counter"),
+    [
+        ("0::/system.slice/worker\n", "system.slice/worker/memory.events"),
+        ("5:cpu:/\n4:memory:/pods/worker\n0::/\n", "memory/pods/worker/memory.oom_control"),
+        ("4:hugetlb,memory:/worker\n", "memory/worker/memory.oom_control"),
+    ],
+)
+def test_the_count_is_that_of_our_own_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, counter: str
+) -> None:
+    """In either version of the kernel's hierarchies: a neighbour's want of memory is not ours."""
+    for name, path in (("OWN_CGROUPS", "cgroup"), ("HOST_COUNTERS", "vmstat"), ("CGROUP_ROOT", "groups")):
+        monkeypatch.setattr(quarantine, name, tmp_path / path)
+    (tmp_path / "cgroup").write_text(groups)
+    own = tmp_path / "groups" / counter
+    own.parent.mkdir(parents=True)
+    own.write_text("under_oom 0\noom_kill 0\n")
+    (tmp_path / "vmstat").write_text("oom_kill 0\n")
+    kills = OomKills()
+    (tmp_path / "vmstat").write_text("oom_kill 1\n")
+    assert not kills.is_possible()
+    own.write_text("under_oom 0\noom_kill 1\n")
+    assert kills.is_possible()

@@ -82,9 +82,12 @@ def test_nobody_is_accused_of_a_kill_from_outside_unless_memory_explains_it(coun
     job = make_running()
     quarantine = Quarantine(oom_kills=counter.kills())
     killed = crash([recorded(job, is_prefill=True)], **KILL)
-    assert quarantine.judge(killed, [job]).weight_by_job_id == {job.id: 0}
+    verdict = quarantine.judge(killed, [job])
+    assert (verdict.weight_by_job_id, verdict.how) == ({job.id: 0}, "killed by SIGKILL by somebody else")
     counter.kill()
-    assert quarantine.judge(killed, [job]).weight_by_job_id == {job.id: 1}, "lightly, even a newcomer"
+    verdict = quarantine.judge(killed, [job])
+    assert verdict.weight_by_job_id == {job.id: 1}, "lightly, even a newcomer"
+    assert verdict.how == "killed by SIGKILL, probably by the kernel for want of memory"
     assert quarantine.judge(killed, [job]).weight_by_job_id == {job.id: 0}, "that one has been counted"
 
 

@@ -39,6 +39,9 @@ from gpu_worker.engine.fake_tokens import (
 )
 from gpu_worker.engine_process.frames import AddJob, EmbedJob, EngineStats, JobFailed, SequenceOutput, StepDone
 
+FILLED_AT_ONCE = 1 << 24
+MAX_FILLED_BYTES = 1 << 30
+
 
 class FakeKnobs(BaseModel):
     """The options in `ModelSpec.fake`. If a `..._seed` is given, the failure affects only jobs with that seed."""
@@ -57,7 +60,7 @@ class FakeKnobs(BaseModel):
     fail_seed: int | None = None
     crash_at_token: int | None = None  # the process dies
     crash_seed: int | None = None
-    crash_how: Literal["segv", "exit", "kill", "raise"] = "segv"
+    crash_how: Literal["segv", "exit", "kill", "raise", "memory"] = "segv"
     hang_at_token: int | None = None  # the step never ends
     hang_seed: int | None = None
     oom_above_n: int | None = None  # how many sequences fit; more are preempted, and a job that needs more fails
@@ -337,6 +340,9 @@ class FakeBackend:
                 os.kill(os.getpid(), signal.SIGKILL)
             case "exit":
                 os._exit(137)
+            case "memory":
+                fill_memory()
+                raise RuntimeError(f"{MAX_FILLED_BYTES} bytes were there for the fake engine")
             case "raise":
                 raise RuntimeError("the fake engine was told to crash")
 
@@ -344,6 +350,12 @@ class FakeBackend:
         if at_token is None and seed is None:
             return False
         return job.num_tokens >= (at_token or 0) and seed in (None, job.command.seed)
+
+
+def fill_memory() -> None:
+    """As a pass does that takes more than its container has: the kernel is to end this process before it returns."""
+    pages = [b"\1" * FILLED_AT_ONCE for _ in range(MAX_FILLED_BYTES // FILLED_AT_ONCE)]
+    pages.clear()
 
 
 def _resumed_sequence(command: AddJob, index: int) -> FakeSequence:
