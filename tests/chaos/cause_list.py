@@ -73,14 +73,24 @@ CAUSES = [
         "database_unavailable|database_full",
         needs_small_disk=True,
     ),
-    Cause("a table is locked", lock_table("jobs"), r"somebody\): end", r"fail  locks: .*somebody", "database_locked"),
     Cause(
-        "another table is locked", lock_table("workers"), r"somebody\): end", r"fail  locks: .*some", "database_locked"
+        "a table is locked",
+        lock_table("jobs"),
+        "celeriac doctor names: end",
+        r"fail  locks: .*somebody",
+        "database_locked",
+    ),
+    Cause(
+        "another table is locked",
+        lock_table("workers"),
+        "celeriac doctor names: end",
+        r"fail  locks: .*some",
+        "database_locked",
     ),
     Cause(
         "a table of maintenance is locked",
         lock_table("webhook_deliveries"),
-        r"somebody\): end",
+        "celeriac doctor names: end",
         r"fail  locks: .*some",
         "database_locked",
     ),
@@ -92,7 +102,11 @@ CAUSES = [
         "database_connections",
     ),
     Cause(
-        "a transaction is left open", sit_on_a_row, r"somebody\): end", r"fail  locks: .*somebody", "database_locked"
+        "a transaction is left open",
+        sit_on_a_row,
+        "celeriac doctor names: end",
+        r"fail  locks: .*somebody",
+        "database_locked",
     ),
     Cause(
         "PostgreSQL takes no writes",
