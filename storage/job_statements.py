@@ -153,14 +153,15 @@ new AS MATERIALIZED (
 
 
 def room(locking: str) -> str:
-    """The CTE `load`: how many more jobs of each tenant in `new` may wait, and which tenants' jobs run isolated."""
+    """The CTE `load`: how many more jobs of each tenant in `new` may wait, and which tenants' jobs run isolated.
+    Tenants whose queues are full are left out before any lock: a refusal waits neither for one nor for the disk."""
     return f"""
 load AS MATERIALIZED (
     SELECT l.tenant_id, bound, bound - l.num_queued AS room,
         (SELECT count(*) FROM poison_requests p WHERE p.tenant_id = l.tenant_id
             AND p.created_at > {CLOCK} - interval '1 hour') > :max_poison_jobs_per_hour AS is_quarantined
     FROM tenant_load l JOIN tenants t ON t.id = l.tenant_id, coalesce(t.max_queued, :max_queued_jobs) AS bound
-    WHERE l.tenant_id IN (SELECT tenant_id FROM new) ORDER BY l.tenant_id {locking}
+    WHERE l.tenant_id IN (SELECT tenant_id FROM new) AND l.num_queued < bound ORDER BY l.tenant_id {locking}
 )"""
 
 

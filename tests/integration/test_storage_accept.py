@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import timedelta
 
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus
@@ -60,6 +60,15 @@ class TestAccept:
             (first.id, KEY_REUSED),
         ]
         assert load_of(session).num_queued == 1
+
+    def test_a_refusal_waits_for_no_lock_and_writes_nothing(self, session_factory: Sessions) -> None:
+        assert accept(session_factory, new_job(), bound=1) == [ACCEPTED]
+        with session_factory.begin() as holding, session_factory.begin() as refusing:
+            holding.execute(update(TenantLoad).values(num_queued=TenantLoad.num_queued))
+            refusing.execute(text("SET LOCAL lock_timeout = '50ms'"))
+            [refused] = job_accept.accept(refusing, [new_job()], max_queued_jobs=1)
+            assert refused.outcome is TOO_MANY
+            assert refusing.scalar(text("SELECT pg_current_xact_id_if_assigned()")) is None
 
     def test_keys_of_different_tenants_do_not_meet(self, session_factory: Sessions, make_tenant: MakeTenant) -> None:
         group = [new_job(idempotency_key="k", tenant_id=make_tenant().id, request_hash=bytes([n])) for n in range(3)]
