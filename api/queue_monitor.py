@@ -59,7 +59,7 @@ FINDING_SECONDS = 60.0  # shorter waits are not worth an operator's attention
 UNREMARKABLE = PLAIN_WAITS | {WaitingFor.SAME_REQUEST}
 #: For these nothing is under way: somebody has to do something.
 SOON_FINDING_SECONDS = dict.fromkeys((WaitingFor.WORKER, WaitingFor.PAUSE), 10.0)
-MAX_RANKED = 2_000  # queued jobs of a model; in a longer queue, positions are estimated
+MAX_RANKED = 500  # queued jobs of a model; in a longer queue, positions are estimated
 MAX_SHARE = 0.2  # of its time one database connection may spend on queries for positions
 
 

@@ -138,7 +138,13 @@ FROM jobs WHERE status = 'in_progress' GROUP BY model
 
 # A follower has the place of its leader: the first one if that runs. It is not ahead of anybody.
 POSITIONS = text(f"""
-WITH {EXCESS},
+WITH asked AS MATERIALIZED (
+    SELECT j.id, j.tenant_id, j.model, coalesce(f.leader_id, j.id) AS ranked_id, f.job_id IS NOT NULL AS is_follower,
+        {WAITING_JOB}
+    FROM jobs j LEFT JOIN job_followers f ON f.job_id = j.id
+    WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'queued'
+),
+{EXCESS},
 timed AS (
     SELECT j.id, j.model, j.tenant_id, {RANK} AS rank, {CHARGE} AS cost, {TOKENS_LEFT} AS num_tokens,
         {STANDING} AS standing, l.num_running,
@@ -146,7 +152,7 @@ timed AS (
             - {CHARGE} - {lead("j", "t")}) / t.weight AS fair_time
     FROM jobs j JOIN tenant_load l USING (tenant_id) JOIN tenants t ON t.id = j.tenant_id
         LEFT JOIN excess e ON e.tenant_id = j.tenant_id
-    WHERE j.status = 'queued' AND j.model IN (SELECT model FROM jobs WHERE id = ANY(CAST(:ids AS uuid[])))
+    WHERE j.status = 'queued' AND j.model IN (SELECT model FROM asked)
         AND NOT EXISTS (SELECT FROM job_followers f WHERE f.job_id = j.id)
 ),
 lifted AS (
@@ -159,12 +165,13 @@ ranked AS (
         sum(num_tokens) OVER ahead - num_tokens AS tokens_ahead, num_tokens, fair_time FROM lifted
     WINDOW ahead AS (PARTITION BY model ORDER BY standing DESC, fair_time, num_running, rank, id
         ROWS UNBOUNDED PRECEDING)
+),
+found AS MATERIALIZED (  -- by one look into a hash table for each job that is ranked
+    SELECT * FROM ranked WHERE (id IN (SELECT ranked_id FROM asked)) IS TRUE
 )
-SELECT j.id, coalesce(r.num_ahead, 0) AS num_ahead, coalesce(r.cost_ahead, 0) AS cost_ahead,
-    coalesce(r.tokens_ahead, 0) AS tokens_ahead, coalesce(r.num_tokens, 0) AS num_tokens, j.tenant_id, r.fair_time,
-    {WAITING_JOB}
-FROM jobs j LEFT JOIN job_followers f ON f.job_id = j.id LEFT JOIN ranked r ON r.id = coalesce(f.leader_id, j.id)
-WHERE j.id = ANY(CAST(:ids AS uuid[])) AND j.status = 'queued' AND (r.id IS NOT NULL OR f.job_id IS NOT NULL)
+SELECT a.*, coalesce(r.num_ahead, 0) AS num_ahead, coalesce(r.cost_ahead, 0) AS cost_ahead,
+    coalesce(r.tokens_ahead, 0) AS tokens_ahead, coalesce(r.num_tokens, 0) AS num_tokens, r.fair_time
+FROM asked a LEFT JOIN found r ON r.id = a.ranked_id WHERE r.id IS NOT NULL OR a.is_follower
 """)
 
 

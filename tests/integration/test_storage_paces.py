@@ -121,6 +121,20 @@ def test_what_is_ahead_of_a_job_is_counted_up_to_a_bound(session: Session, make_
     assert job_queues.positions(session, [made[3].id])[made[3].id].tokens_ahead == own.load.num_tokens
 
 
+def test_in_a_long_queue_the_place_is_told_from_the_ranks_at_its_ends(session: Session) -> None:
+    jobs = [new_job() for _ in range(paces.MAX_COUNTED + 3)]
+    accept(session, jobs, max_queued_jobs=len(jobs))
+    ids = [job.id for job in jobs]
+    session.execute(update(Job).values(available_at=Job.created_at - timedelta(hours=1)))
+    session.execute(update(Job).where(Job.id == ids[-1]).values(available_at=Job.created_at))
+    asked = [ids[0], ids[paces.MAX_COUNTED - 1], ids[-1]]
+    found = paces.own_ahead(session, asked)
+    assert [found[id_].load.num_jobs for id_ in asked] == [0, paces.MAX_COUNTED - 1, paces.MAX_COUNTED]
+    assert [found[id_].share for id_ in asked] == [None, None, 1.0]
+    cost = jobs[0].cost
+    assert [found[id_].load.cost for id_ in asked] == [0, (paces.MAX_COUNTED - 1) * cost, paces.MAX_COUNTED * cost]
+
+
 def test_a_job_that_follows_another_one_has_its_place_and_is_ahead_of_nobody(
     session: Session, make_job: MakeJob, make_tenant: Any
 ) -> None:
