@@ -8,6 +8,7 @@ import asyncio
 from importlib.metadata import version
 from pathlib import Path
 
+import orjson
 from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -68,6 +69,7 @@ class PageFiles(StaticFiles):
 def add_pages(app: FastAPI) -> None:
     """FastAPI caches these functions for the life of the process, so none of them may refer to `app`."""
     building = asyncio.Lock()
+    app.state.document = None  # as it is sent
 
     @app.get("/", include_in_schema=False)
     async def root(request: Request) -> Response:
@@ -83,8 +85,11 @@ def add_pages(app: FastAPI) -> None:
 
     @app.get("/openapi.json", include_in_schema=False)
     async def openapi(request: Request) -> Response:
-        async with building:  # the first build takes a second; in a thread, so that streams go on
-            return JSONResponse(await asyncio.to_thread(document_of, request.app))
+        state = request.app.state
+        async with building:  # once; it takes a second, in a thread, so that streams go on
+            if state.document is None:
+                state.document = await asyncio.to_thread(lambda: orjson.dumps(document_of(request.app)))
+        return Response(state.document, media_type="application/json")
 
     files = PageFiles(directory=STATIC)
 
