@@ -33,6 +33,7 @@ from api.scopes import scope_of
 from api.shared_frames import SharedFrames
 from api.shared_reads import SharedReads
 from api.signals import Signal
+from api.starts import Starts
 from dialects.native import QueueView
 from domain.access import Scope
 from domain.catalog import Catalog
@@ -98,6 +99,7 @@ class Services:
     draining: Signal  # set on SIGTERM: no longer ready, and streams end that their readers can resume
     last_call: Signal  # set CELERIAC_API_DRAIN_SECONDS later: all others end, too
     frames: SharedFrames = field(default_factory=SharedFrames)
+    starts: Starts = field(default_factory=Starts)
     known_bodies: KnownBodies = field(default_factory=KnownBodies)
     streamed_jobs: SharedReads[JobRecord | None] = field(default_factory=SharedReads)
     terminal_frames: SharedReads[list[bytes]] = field(default_factory=SharedReads)
@@ -305,6 +307,7 @@ class PrivateRoute(DirectRoute):
         async def answer_authenticated(request: Request) -> Response:
             credential = self.credential_of(request)
             await authenticate(request, credential, self.scope)
+            await services_of(request).starts.take(request.state.tenant_id)
             started = time.monotonic()
             response = await answer(request)
             # A key revoked during a long poll gets no answer. What other methods do is done by now, and a 401 would say
