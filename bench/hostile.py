@@ -4,7 +4,7 @@ One API process with keys, PostgreSQL, Redis and maintenance, all embedded. The 
 has the other tenant. Prints a line for each operation and phase, then one JSON line. No answer may be a 5xx, other than
 a 503 with Retry-After, and every operation of the other tenant must succeed. Two figures of each phase tell the
 system's part from the machine's: the ceiling, which is a request that does nothing, and the CPU time of each process
-for a round of operations.
+for a round of operations. `--control 30` is the same run with thirty seconds without attacks in their place.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psycopg
 
 from bench.accept import server
 from bench.hostile_kinds import KINDS
@@ -47,9 +48,16 @@ class Target:
     attacker_key: str
     other_key: str
     pids: dict[str, int]
+    database_url: str
 
     def client(self, key: str, **options: Any) -> httpx.AsyncClient:
         return httpx.AsyncClient(base_url=self.url, headers={"authorization": f"Bearer {key}"}, **options)
+
+    def num_queued(self) -> int:
+        """Jobs of both. Nothing runs them, so they become more in a run of any kind."""
+        with psycopg.connect(self.database_url) as connection:
+            [(counted,)] = connection.execute("SELECT count(*) FROM jobs WHERE status = 'queued'").fetchall()
+        return int(counted)
 
     def cpu_seconds(self) -> dict[str, float]:
         return {name: cpu_seconds_of(pid) for name, pid in self.pids.items()}
@@ -79,7 +87,7 @@ def api_with_keys(folder: Path) -> Iterator[Target]:
             server(maintenance, environment, folder / "maintenance.log") as (janitor, _),
         ):
             pids = {"api": api.pid, "maintenance": janitor.pid, "postgres": postgres.pid or 0}
-            yield Target(f"http://127.0.0.1:{port}", keys[0], keys[1], pids)
+            yield Target(f"http://127.0.0.1:{port}", keys[0], keys[1], pids, postgres.url_of(postgres.database))
 
 
 async def nothing(client: httpx.AsyncClient) -> None:
@@ -100,10 +108,12 @@ async def work(client: httpx.AsyncClient, until: asyncio.Event | None, seconds: 
 async def measure(target: Target, given: argparse.Namespace) -> dict[str, object]:
     phases: dict[str, Seconds] = {"before": {}, "during": {}, "after": {}}
     cpu: dict[str, dict[str, float]] = {}
+    queued: dict[str, int] = {}
 
     async def rounds(phase: str) -> None:
         before = target.cpu_seconds()
         await work(other, None, phases[phase])
+        queued[phase] = target.num_queued()
         cpu[phase] = {
             name: round(1000 * (now - before[name]) / ROUNDS, 1) for name, now in target.cpu_seconds().items()
         }
@@ -113,12 +123,22 @@ async def measure(target: Target, given: argparse.Namespace) -> dict[str, object
         await rounds("before")
         is_over = asyncio.Event()
         working = asyncio.create_task(work(other, is_over, phases["during"]))
-        answers = await attack_elsewhere(target, given)
+        answers = await attack_elsewhere(target, given) if given.control is None else await pause(given.control)
         is_over.set()
         await working
         await asyncio.sleep(SETTLE_SECONDS)
         await rounds("after")
-    return {**answers, "cpu_ms_per_round": cpu, "ms": {name: _medians(of) for name, of in phases.items()}}
+    return {
+        **answers,
+        "num_queued": queued,
+        "cpu_ms_per_round": cpu,
+        "ms": {name: _medians(of) for name, of in phases.items()},
+    }
+
+
+async def pause(seconds: float) -> dict[str, Any]:
+    await asyncio.sleep(seconds)
+    return {"statuses": {}, "complaints": []}
 
 
 async def attack_elsewhere(target: Target, given: argparse.Namespace) -> dict[str, Any]:
@@ -166,6 +186,7 @@ def show(figures: dict[str, Any]) -> None:
         for name, (median, maximum) in medians.items():
             print(f"{phase:8} {name:12} p50 {median:8.1f} ms   max {maximum:8.1f} ms")
     print(f"answers to the attacker: {figures['statuses']}; complaints: {figures['complaints'] or 'none'}")
+    print(f"jobs queued at the end of each: {figures['num_queued']}")
     print(f"CPU time of a round in ms: {figures['cpu_ms_per_round']}")
 
 
@@ -174,6 +195,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=1_300, help="attacks, some of which are many requests")
     parser.add_argument("--at-once", type=int, default=48)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--control", type=float, metavar="SECONDS", help="no attacks, but these seconds without any")
     parser.add_argument("--attack", metavar="URL", help="only attack, with the key in CELERIAC_API_KEY")
     given = parser.parse_args()
     if given.attack:

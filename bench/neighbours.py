@@ -58,10 +58,10 @@ async def jobs_of_a_second_model(client: httpx.AsyncClient) -> list[float]:
 async def streams(client: httpx.AsyncClient) -> list[float]:
     """Times from the request to the first text, of streamed chats one after the other: of more than there are slots,
     since each may have taken one for good."""
-    return [await timed(lambda: _first_text(client)) for _ in range(NUM_SLOTS + 2)]
+    return [await timed(lambda: first_text(client)) for _ in range(NUM_SLOTS + 2)]
 
 
-async def _first_text(client: httpx.AsyncClient) -> None:
+async def first_text(client: httpx.AsyncClient) -> None:
     async with client.stream("POST", "/v1/chat/completions", json=chat_body(SHORT)) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
@@ -77,10 +77,10 @@ def chat_body(num_tokens: int) -> dict[str, object]:
 
 async def files(client: httpx.AsyncClient) -> list[float]:
     """Times of three uploads, each read back."""
-    return [await timed(lambda: _upload_and_read(client)) for _ in range(3)]
+    return [await timed(lambda: upload_and_read(client)) for _ in range(3)]
 
 
-async def _upload_and_read(client: httpx.AsyncClient) -> None:
+async def upload_and_read(client: httpx.AsyncClient) -> None:
     file_id = await _upload(client, b"{}\n" * 100)
     (await client.get(f"/v1/files/{file_id}/content")).raise_for_status()
 

@@ -20,6 +20,7 @@ from uuid import UUID
 import httpx
 import psutil
 
+from domain.access import Scope
 from domain.jobs import parse_id
 from settings import ROOT
 from storage import tenants
@@ -90,6 +91,15 @@ class TenantSystem:
         """That all have received so far."""
         [(num_tokens,)] = self.rows("SELECT coalesce(sum(num_committed_tokens), 0)::int FROM jobs")
         return int(num_tokens)
+
+    def admin_key(self, name: str) -> str:
+        """A new key of this tenant that may do everything."""
+        database = open_database(self.plant.postgres.url)
+        try:
+            with session_factory(database).begin() as session:
+                return tenants.create_key(session, self.tenants[name].id, scopes=list(Scope))
+        finally:
+            database.dispose()
 
     def memory_mib(self) -> dict[str, float]:
         """Resident memory of each part with its children, and of Redis."""
