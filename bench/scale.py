@@ -17,8 +17,8 @@ from uuid import uuid4
 
 from sqlalchemy.orm import Session
 
-# Seconds of one core, measured: bench/results/2026-11-two-cores.md, "Accepting" and "Storage for years".
-ACCEPT_API = 430e-6  # a job, in the API
+# Seconds of one core, measured: bench/results/2026-11-two-cores.md, `bench.api_costs` and "Storage for years".
+ACCEPT_API = 1.3e-3  # a job, in the API
 ACCEPT_SQL, CLAIM_SQL, FINALISE_SQL = 342e-6, 410e-6, 449e-6  # a job in groups of 64, 16 and 16, in PostgreSQL
 FLUSH_SQL = 122e-6  # a chunk in a flush of 64, in PostgreSQL
 PUBLISH = 5e-6  # a chunk, in Redis, with one reader
@@ -28,7 +28,7 @@ JOB_BYTES, CHUNK_BYTES, TOKEN_BYTES = 2_400, 170, 9  # on disk, with indexes
 # What one server takes before waits grow.
 BUSY = 0.7  # of a core
 SQL_CORES = 32  # of one PostgreSQL with a fast disk; commits are grouped, so that the disk is not the first to be busy
-CONNECTIONS_PER_WORKER, CONNECTIONS_PER_API, MAX_CONNECTIONS = 2, 32, 5_000
+CONNECTIONS_PER_WORKER, CONNECTIONS_PER_API, MAX_CONNECTIONS = 2, 34, 5_000
 STREAMS_PER_API = 4_000  # CELERIAC_MAX_STREAMS
 
 
