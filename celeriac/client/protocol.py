@@ -38,6 +38,7 @@ JOB_FIELDS = frozenset(
         "deadline",
         "dimensions",
         "inputs",
+        "kind",
         "messages",
         "metadata",
         "model",
@@ -45,11 +46,14 @@ JOB_FIELDS = frozenset(
         "priority",
         "prompt",
         "prompt_token_ids",
+        "queries",
         "reasoning_effort",
         "result_ttl",
         "run_timeout",
         "start_timeout",
         "tools",
+        "truncate_prompt_tokens",
+        "use_cache",
         "webhook",
         "webhook_events",
     }
@@ -80,6 +84,14 @@ def url_of_api(url: str | None) -> str:
         raise ClientError("no API is named; pass its url, for instance http://127.0.0.1:8000, or set CELERIAC_API_URL")
     if not url.startswith(("http://", "https://")):  # it may hold a password, so it is not repeated
         raise ClientError("the URL of the API must begin with http:// or https://, as in http://127.0.0.1:8000")
+    try:
+        has_host = bool(httpx.URL(url).host)
+    except httpx.InvalidURL:
+        has_host = False
+    if not has_host:
+        raise ClientError(
+            "the URL of the API names no host and port that there can be; write it as in http://127.0.0.1:8000"
+        )
     return url.rstrip("/")
 
 

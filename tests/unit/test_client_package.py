@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from celeriac.client.protocol import JOB_FIELDS
+from dialects.native import EmbeddingJobBody, JobBody
 from settings import ROOT
 
 
@@ -88,3 +90,8 @@ def test_a_refused_key_is_explained(installed: Path) -> None:
     code = "from celeriac.client.errors import ApiError; from celeriac.terminal import explain; "
     done = run(installed, code + "print(explain(ApiError(401, {'error': {'message': 'not valid'}})))")
     assert done.stdout == "not valid [401]: export CELERIAC_API_KEY=the key that you were given\n", done.stderr
+
+
+def test_submit_sends_every_field_of_a_job_as_one() -> None:
+    fields = (JobBody.model_fields.keys() | EmbeddingJobBody.model_fields.keys()) - {"params", "idempotency_key"}
+    assert fields == JOB_FIELDS
