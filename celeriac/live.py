@@ -87,15 +87,15 @@ def _show_looks(client: "Client", interval: float, *, once: bool) -> None:
         console.width = PIPE_WIDTH
     if once or not console.is_terminal:
         while True:
-            console.print(_drawn(look(client)))
+            console.print(_drawn(look(client), console.width))
             if once:
                 return
             time.sleep(interval)
-    with Live(_drawn(look(client)), console=console, auto_refresh=False) as live:
+    with Live(_drawn(look(client), console.width), console=console, auto_refresh=False) as live:
         while True:
             time.sleep(interval)
             try:
-                live.update(_drawn(look(client)), refresh=True)
+                live.update(_drawn(look(client), console.width), refresh=True)
             except ClientError as exc:
                 live.update(escape(str(exc)), refresh=True)
 
@@ -120,11 +120,11 @@ def look(client: "Client") -> dict[str, Any]:
     }
 
 
-def _drawn(seen: dict[str, Any]) -> "RenderableType":
+def _drawn(seen: dict[str, Any], width: int) -> "RenderableType":
     from rich.console import Group
     from rich.markup import escape
 
-    from celeriac.tables import queues_table, workers_table
+    from celeriac.tables import fitted, queues_table, workers_table
 
     health, queues = seen["health"], seen["queues"]
     rate = sum(queue["tokens_per_second"] for queue in queues if queue["running"])
@@ -132,27 +132,9 @@ def _drawn(seen: dict[str, Any]) -> "RenderableType":
         f"{escape(seen['url'])}  {health['status']}  {health['queue_size']} queued, {health['running']} running, "
         f"{rate:.0f} tokens/s, {health['streams']} streams  {seen['at'][11:19]} UTC"
     )
-    problems = [f"! {escape(problem)}" for problem in problems_of(health)]
-    parts: list[RenderableType] = [headline, *problems, "", queues_table(queues)]
+    problems = [f"! {escape(reason)}" for reason in health["reasons"]]
+    parts: list[RenderableType] = [headline, *problems, "", fitted(queues_table(queues), width)]
     if seen["workers"]:
         models = [{"id": worker["model"], "workers": [worker]} for worker in seen["workers"]]
-        parts += ["", workers_table(models)]
+        parts += ["", fitted(workers_table(models), width)]
     return Group(*parts)
-
-
-def problems_of(health: dict[str, Any]) -> list[str]:
-    """What /health finds wrong, each with what to do."""
-    problems = []
-    if health["database"] != "ok":
-        problems.append("the database does not answer, so no job is accepted: celeriac doctor")
-    if health["redis"] != "ok":
-        problems.append("Redis does not answer, so jobs run more slowly: celeriac doctor")
-    if health["maintenance"]["status"] != "ok":
-        problems.append("maintenance is silent, so lost jobs are not rescued: celeriac maintenance")
-    if not health["workers"]:
-        problems.append("no worker is ready: celeriac worker")
-    problems += [f"{model} is unavailable: celeriac models" for model in health["models_unavailable"]]
-    return problems + [
-        f"{finding['jobs']} jobs of {finding['model']} have waited for {finding['waiting_for']}: {finding['message']}"
-        for finding in health["findings"]
-    ]

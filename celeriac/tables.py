@@ -1,11 +1,13 @@
 """The tables that the commands print, whose ids and paths are never cut in a pipe."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
 from celeriac.client import JobSnapshot
 from celeriac.consoles import VisibleConsole
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 10_000  # characters per line if the output is not a terminal
 
-MIN_ID_WIDTH = 30  # of a job's id: job_ and 26 characters
+NARROW = 60  # characters: below, each row is a block of lines
 
 STYLE_BY_STATUS = {
     "queued": "yellow",
@@ -34,12 +36,30 @@ def show(table: Table) -> None:
     console = VisibleConsole(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
-    console.print(table)
+    console.print(fitted(table, console.width))
+
+
+def fitted(table: Table, width: int) -> RenderableType:
+    """As it can be read on a terminal of this width. What the first column names is never cut."""
+    first, *others = table.columns
+    if width >= NARROW:
+        first.min_width = max(Text.from_markup(str(cell)).cell_len for cell in (first.header, *first.cells))
+        return table
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    return Group(*(_block(str(name), others, cells) for name, *cells in rows))
+
+
+def _block(name: str, columns: Sequence[Column], cells: Iterable[RenderableType]) -> RenderableType:
+    block = Table(Column(style="dim", no_wrap=True), Column(overflow="fold"), box=None, show_header=False)
+    for column, cell in zip(columns, cells, strict=True):
+        if cell:
+            block.add_row(column.header, cell)
+    return Group(Text.from_markup(name), block)
 
 
 def table_of(whole: str, *others: str, folded: str | None = None) -> Table:
     """A table whose column `whole` is never cut, however narrow the terminal, and whose column `folded` wraps."""
-    table = Table(Column(whole, no_wrap=True, overflow="ignore", min_width=MIN_ID_WIDTH), box=None, pad_edge=False)
+    table = Table(Column(whole, no_wrap=True, overflow="ignore"), box=None, pad_edge=False)
     for name in others:
         table.add_column(name, overflow="fold" if name == folded else "ellipsis")
     return table

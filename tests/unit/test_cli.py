@@ -22,6 +22,7 @@ from celeriac.access_options import LimitType
 from celeriac.client import Client, JobPage, JobSnapshot
 from celeriac.client.protocol import parse_events
 from celeriac.consoles import VisibleConsole
+from celeriac.live import _drawn
 from celeriac.terminal import explain
 from celeriac.up import Up
 from domain.errors import ModelNotFound
@@ -239,14 +240,24 @@ def test_a_taken_port_is_named_with_the_remedy(run: Any, command: str, setting: 
 def test_ids_and_paths_are_whole_in_a_pipe_and_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = {"id": "job_" + "0" * 26, "status": "queued", "model": "m" * 70, "created_at": "2026-01-01T00:00:00+00:00"}
     job = JobSnapshot.of(raw | {"started_at": None, "finished_at": None})
-    for width, is_terminal in ((60, True), (40, False)):
+    for width, is_terminal in ((60, True), (40, True), (40, False)):
         monkeypatch.setenv("COLUMNS", str(width))
         written = io.StringIO()
         console = VisibleConsole(highlight=False, file=written, force_terminal=is_terminal)
         monkeypatch.setattr(tables, "VisibleConsole", lambda console=console, **_: console)
         tables.show(tables.jobs_table([job]))
         assert job.id in written.getvalue()
-        assert is_terminal or job.model in written.getvalue()
+        num_shown = written.getvalue().replace("\x1b[2m", "").replace("\x1b[0m", "").count("m" * 10)
+        assert width == 60 or num_shown >= 6  # below 60 each row is a block, in which all is shown
+
+
+def test_top_says_all_that_health_finds_wrong() -> None:
+    health = {"status": "degraded", "queue_size": 0, "running": 0, "streams": 0, "reasons": ["the disk is full: x"]}
+    console = VisibleConsole(file=io.StringIO())
+    console.print(
+        _drawn({"url": "http://x", "at": "2026-01-01T00:00:00", "health": health, "queues": [], "workers": []}, 80)
+    )
+    assert "! the disk is full: x" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_the_first_steps_show_the_key_where_one_is_asked_for() -> None:
@@ -286,6 +297,8 @@ def test_flower_stays_on_this_machine_unless_it_asks_for_a_password(run: Any) ->
         (["jobs", "--key", "s3cret\nx"], "the API key has characters that no key has"),
         (["jobs", "--key", "s3cretä"], "the API key has characters that no key has"),
         (["jobs", "--url", "s3cret@host"], "must begin with http:// or https://"),
+        (["jobs", "--url", "http://[::1"], "names no host and port"),
+        (["jobs", "--url", "http://:s3cret@"], "names no host and port"),
         (["watch", ""], "the id is empty"),
         (["batch", "run", __file__, "-o", "/none/out"], "there is no folder '/none'; create it"),
         (["bench", "--jobs", "1", "--duration", "1"], "both say when to end"),
