@@ -473,6 +473,38 @@ def test_a_server_that_was_away_is_back_without_a_reload(page: Any, http: httpx.
     shows(page, "No job of yours is running")
 
 
+def test_an_answer_that_is_not_ours_spoils_only_its_view(chromium: Any, api: ApiServer) -> None:
+    page = chromium.new_context().new_page()  # not `tab`: the fault is logged
+    page.route("**/v1/batches?*", lambda route: route.fulfill(body="<title>Log in</title>", content_type="text/html"))
+    page.route("**/v1/usage?*", lambda route: route.fulfill(json={"data": None}))
+    page.goto(f"{api.url}/#/batches")
+    shows(page, "perhaps a proxy that wants you to log in")
+    page.goto(f"{api.url}/#/usage")
+    shows(page, "This page cannot be drawn")
+    page.get_by_role("link", name="Models", exact=True).click()
+    page.get_by_role("heading", name="Served here").wait_for()
+    page.context.close()
+
+
+REFUSES_STORAGE = """
+    for (const name of ["localStorage", "sessionStorage"])
+        Object.defineProperty(window, name, { get() { throw new DOMException("denied", "SecurityError"); } });
+"""
+
+
+def test_it_works_where_the_browser_stores_nothing(chromium: Any, api: ApiServer) -> None:
+    with tab(chromium, "about:blank") as page:
+        page.add_init_script(REFUSES_STORAGE)
+        page.goto(f"{api.url}/#/playground")
+        page.get_by_label("Message 1", exact=True).fill("Hi")
+        page.get_by_role("link", name="Jobs", exact=True).click()
+        shows(page, "No jobs yet")
+        page.get_by_role("link", name="Playground", exact=True).click()
+        assert page.get_by_label("Message 1", exact=True).input_value() == "Hi"
+        page.get_by_role("button", name="Dark").click()
+        page.get_by_role("button", name="Light").wait_for()
+
+
 def test_a_long_request_is_asked_for_once_and_shown_when_asked(
     page: Any, api: ApiServer, http: httpx.Client, hand_worker: HandWorker
 ) -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from api.app import create_app
 from api.openapi import document_of
+from dialects.openai_chat import ChatCompletionBody
 from domain.catalog import Catalog
 from domain.requests import SamplingParams
 from domain.structured_output import StructuredOutput
@@ -107,7 +108,7 @@ def test_modules_are_valid() -> None:
 
 @needs_node
 def test_what_a_user_types_is_refused_or_kept_but_never_raises(tmp_path: Path) -> None:
-    for name in ("api.js", "hooks.js", "json.js"):
+    for name in ("api.js", "hooks.js", "json.js", "kept.js"):
         shutil.copy(DASHBOARD / name, tmp_path)
     (tmp_path / "package.json").write_text('{"type": "module"}')
     (tmp_path / "html.js").write_text("export const useCallback = 0, useEffect = 0, useRef = 0, useState = 0;")
@@ -134,18 +135,26 @@ BODY: dict[str, Any] = {
 }
 
 
-@needs_node
-def test_the_code_of_a_job_makes_the_same_job(tmp_path: Path) -> None:
+def code_of(asked: dict[str, Any], folder: Path) -> tuple[dict[str, Any], str, str, str]:
+    """The body that asks for the same again, and the code of each tab."""
     for name in ("request.js", "json.js"):
-        shutil.copy(DASHBOARD / name, tmp_path)
-    (tmp_path / "package.json").write_text('{"type": "module"}')
-    program = f"""
-        globalThis.document = {{ baseURI: "http://localhost:8000/" }};
-        const {{ asCurl, asOpenAI, asPython, bodyOf }} = await import("./request.js");
-        const body = bodyOf({json.dumps(BODY).replace(str(2**63 - 1), "17")});
+        shutil.copy(DASHBOARD / name, folder)
+    (folder / "package.json").write_text('{"type": "module"}')
+    (folder / "asked.json").write_text(json.dumps(asked).replace(str(2**63 - 1), "17"))
+    program = """
+        globalThis.document = { baseURI: "http://localhost:8000/" };
+        const { readFileSync } = await import("node:fs");
+        const { asCurl, asOpenAI, asPython, bodyOf } = await import("./request.js");
+        const body = bodyOf(JSON.parse(readFileSync("asked.json")));
         console.log(JSON.stringify([body, asCurl(body, true), asPython(body), asOpenAI(body)]));
     """
-    body, curl, python, openai = json.loads(node("--input-type=module", "-e", program, folder=tmp_path))
+    body, curl, python, openai = json.loads(node("--input-type=module", "-e", program, folder=folder))
+    return body, curl, python, openai
+
+
+@needs_node
+def test_the_code_of_a_job_makes_the_same_job(tmp_path: Path) -> None:
+    body, curl, python, openai = code_of(BODY, tmp_path)
     assert body == {
         "model": "a",
         "messages": BODY["messages"],
@@ -161,7 +170,47 @@ def test_the_code_of_a_job_makes_the_same_job(tmp_path: Path) -> None:
     assert create["messages"] == BODY["messages"]
     assert create["tools"] == [{"type": "function", "function": BODY["tools"][0]}]
     assert create["extra_body"] == {"top_k": 7}
-    assert (create["max_tokens"], create["seed"], create["stream"]) == (5, 17, True)
+    assert (create["max_tokens"], create["seed"]) == (5, 17)
+
+
+@needs_node
+def test_calls_of_tools_are_written_as_the_openai_sdk_wants_them(tmp_path: Path) -> None:
+    call = {"id": "c1", "name": "f", "arguments": "{}"}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "3", "tool_call_id": "c1"},
+    ]
+    calls = {"format": "hermes", "tools": [{"name": "f", "arguments": {}}], "is_single": False}
+    for form, choice, extra in (
+        ({"json_schema": None, "calls": calls}, "required", None),
+        ({"calls": calls | {"is_single": True}}, {"type": "function", "function": {"name": "f"}}, None),
+        ({"regex": "a+", "calls": calls}, None, {"structured_output": {"regex": "a+"}}),
+    ):
+        asked = BODY | {"messages": messages, "params": {"n": 1, "structured_output": form}}
+        create = _call(code_of(asked, tmp_path)[3], "create")
+        ChatCompletionBody.model_validate({name: value for name, value in create.items() if name != "extra_body"})
+        assert create["messages"][1]["tool_calls"] == [
+            {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+        ]
+        assert create["messages"][2] == messages[2]
+        assert (create.get("tool_choice"), create.get("extra_body")) == (choice, extra)
+
+
+@needs_node
+def test_code_for_vectors_long_prompts_and_several_choices(tmp_path: Path) -> None:
+    vectors = {"kind": "embedding", "model": "e", "inputs": ["a", "b"], "queries": None, "dimensions": 3}
+    _, _, python, openai = code_of(vectors, tmp_path)
+    assert _call(python, "submit") == {"model": "e", "inputs": ["a", "b"], "dimensions": 3}
+    assert _call(openai, "create") == {"model": "e", "input": ["a", "b"], "dimensions": 3}
+    asked = {"model": "a", "prompt": "it's long " * 20_000, "params": {"n": 2}, "metadata": {"who": "x"}, "priority": 0}
+    body, curl, python, openai = code_of(asked, tmp_path)
+    assert "priority" not in body
+    assert body["metadata"] == {"who": "x"}
+    [text] = re.findall(r"--data-binary @- <<'END'\n(.*)\nEND$", curl, re.DOTALL)
+    assert json.loads(text) == body
+    ast.parse(python)
+    assert "stream" not in _call(openai, "create")  # the choices' texts would come mixed
 
 
 def _call(program: str, method: str) -> dict[str, Any]:

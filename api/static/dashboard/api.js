@@ -2,6 +2,7 @@
 // tab only, and is never part of a URL.
 
 import { parse } from "./json.js";
+import { keep, kept } from "./kept.js";
 
 const KEY = "celeriac.key";
 const listeners = new Set();
@@ -16,11 +17,10 @@ export const setScopes = (held) => {
   scopes = new Set(held);
 };
 
-export const readKey = () => sessionStorage.getItem(KEY) ?? "";
+export const readKey = () => kept(KEY) ?? "";
 
 export function enterKey(key) {
-  if (key) sessionStorage.setItem(KEY, key);
-  else sessionStorage.removeItem(KEY);
+  keep(KEY, key || null);
   for (const listener of listeners) listener({ isRefused: false });
 }
 
@@ -75,9 +75,20 @@ export async function refusalOf(response) {
   return new Refusal(response.status, said?.error ?? { message: `The server answered ${response.status} without a reason. Try again; if it stays, look at the log of the API.` });
 }
 
-export const get = async (path, query, signal) => parse(await (await send("GET", path, { query, signal })).text());
-export const post = async (path, body) => parse(await (await send("POST", path, { body })).text());
-export const remove = async (path) => parse(await (await send("DELETE", path)).text());
+const NOT_OURS = { message: "What answered is not the API of Celeriac, but perhaps a proxy that wants you to log in. Reload the page.", code: "unexpected_answer" };
+
+async function read(response) {
+  const text = await response.text();
+  try {
+    return parse(text);
+  } catch {
+    throw new Refusal(response.status, NOT_OURS);
+  }
+}
+
+export const get = async (path, query, signal) => read(await send("GET", path, { query, signal }));
+export const post = async (path, body) => read(await send("POST", path, { body }));
+export const remove = async (path) => read(await send("DELETE", path));
 
 // Does `act` to all items, four at a time, and returns the refusals; one refusal does not keep the others from it.
 export async function forEach(items, act) {

@@ -2,7 +2,7 @@
 
 import { enterKey, get, isPossibleKey, may, onKeyChange, readKey, setScopes } from "./api.js";
 import { link, useAddress } from "./hooks.js";
-import { html, render, useEffect, useRef, useState } from "./html.js";
+import { html, render, useEffect, useErrorBoundary, useRef, useState } from "./html.js";
 import { useLive } from "./live.js";
 import { Field, Loading, Problem, Status } from "./parts.js";
 import { Access } from "./access.js";
@@ -116,7 +116,9 @@ function ThemeButton() {
   const other = theme === "dark" ? "light" : "dark";
   const turn = () => {
     document.documentElement.dataset.theme = other;
-    localStorage.setItem("celeriac.theme", other);
+    try {
+      localStorage.setItem("celeriac.theme", other);
+    } catch {} // then for this page only
     setTheme(other);
   };
   return html`<button type="button" class="quiet" onClick=${turn}>${other === "dark" ? "Dark" : "Light"}</button>`;
@@ -142,6 +144,12 @@ function Frame({ chosen, identity, live, children }) {
   `;
 }
 
+// A view that cannot be drawn says so, and the others stay in reach.
+function Contained({ children }) {
+  const [error, drawAgain] = useErrorBoundary((raised) => console.error(raised));
+  return error ? html`<${Problem} error=${{ message: `This page cannot be drawn: ${error.message}. It is a fault of the dashboard; celeriac and the API show the same.` }} onRetry=${drawAgain} />` : children;
+}
+
 function Dashboard({ identity }) {
   const address = useAddress();
   const live = useLive(identity.isAdmin);
@@ -156,7 +164,7 @@ function Dashboard({ identity }) {
   let content = html`<h1>Not found</h1><p>There is no such view. <a href=${link("")}>Go to the overview</a>.</p>`;
   if (path === "jobs" && id) content = html`<${JobPage} key=${id} id=${id} />`;
   else if (chosen) content = html`<${chosen.view} key=${path} address=${address} live=${live} isAdmin=${identity.isAdmin} />`;
-  return html`<${Frame} chosen=${chosen ?? {}} identity=${identity} live=${live}>${content}<//>`;
+  return html`<${Frame} chosen=${chosen ?? {}} identity=${identity} live=${live}><${Contained} key=${`${path} ${id}`}>${content}<//><//>`;
 }
 
 function App() {

@@ -1,6 +1,7 @@
 // What views share: asking again and again while somebody looks, the address, and the clock.
 
 import { useCallback, useEffect, useRef, useState } from "./html.js";
+import { keep, kept } from "./kept.js";
 
 const MAX_PAUSE_SECONDS = 10; // after failures: whoever looks wants to see that it is back
 
@@ -97,11 +98,11 @@ export const visit = (path, query) => {
 export function useKept(name, initial) {
   const [value, setValue] = useState(() => {
     try {
-      return JSON.parse(sessionStorage.getItem(name)) ?? initial;
+      return JSON.parse(kept(name)) ?? initial;
     } catch {
       return initial;
     }
   });
-  useEffect(() => sessionStorage.setItem(name, JSON.stringify(value)), [value]);
+  useEffect(() => keep(name, JSON.stringify(value)), [value]);
   return [value, setValue];
 }

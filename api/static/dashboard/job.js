@@ -6,7 +6,7 @@ import { link, useClock, usePolled, visit } from "./hooks.js";
 import { html, useEffect, useMemo, useRef, useState } from "./html.js";
 import { isOver } from "./jobs.js";
 import { Card, Code, Confirmed, Copy, JobLink, LongText, Output, Polled, Problem, Status, Tabs, useAction } from "./parts.js";
-import { asCurl, asOpenAI, asPython, bodyOf } from "./request.js";
+import { asCurl, asOpenAI, asPython, askedOf, bodyOf } from "./request.js";
 import { useStream } from "./stream.js";
 
 const INTERRUPTIONS = {
@@ -110,7 +110,7 @@ function Actions({ job, reload }) {
   const open = (made) => made && visit(`jobs/${made.id}`);
   const isRetryable = ["failed", "expired", "cancelled"].includes(job.status);
   const retry = () => act(() => post(`v1/jobs/${job.id}/retry`)).then(open);
-  const repeat = () => act(() => post("v1/jobs", bodyOf(job.input))).then(open);
+  const repeat = () => act(() => post("v1/jobs", bodyOf(askedOf(job)))).then(open);
   const cancel = () => act(() => post(`v1/jobs/${job.id}/cancel`)).then(reload);
   const erase = () => act(() => remove(`v1/jobs/${job.id}`)).then((done) => done && visit("jobs"));
   return html`
@@ -118,7 +118,7 @@ function Actions({ job, reload }) {
       ${!isOver(job) && may("cancel") && html`<button type="button" class="danger" disabled=${isBusy || job.cancel_requested} onClick=${cancel}>Cancel</button>`}
       ${isRetryable && may("submit") && html`<button type="button" class="primary" disabled=${isBusy} onClick=${retry} title="A new job that goes on from the output so far">Retry</button>`}
       ${isOver(job) && may("submit") && html`<button type="button" disabled=${isBusy} onClick=${repeat} title="A new job from the same request, from the start">Run again</button>`}
-      ${job.kind === "generation" && may("submit") && html`<a class="button" href=${link("playground", { from: job.id })}>Open in the playground</a>`}
+      ${job.kind === "generation" && !job.input?.prompt_token_ids && may("submit") && html`<a class="button" href=${link("playground", { from: job.id })}>Open in the playground</a>`}
       ${isOver(job) && may("cancel") && html`<${Confirmed} label="Delete" question="Delete it with its input and output?" onConfirm=${erase} />`}
     </div>
     ${error && html`<${Problem} error=${error} />`}
@@ -126,11 +126,11 @@ function Actions({ job, reload }) {
 }
 
 // Drawn once: a long request would cost much to write again with each token of the output.
-function Asked({ input }) {
+function Asked({ job }) {
   return useMemo(() => {
-    const body = bodyOf(input);
+    const body = bodyOf(askedOf(job));
     return html`
-      <${Card} title="Request"><${Request} input=${input} /><//>
+      <${Card} title="Request"><${Request} input=${job.input} /><//>
       <${Card} title="The same in code">
         <${Tabs} label="Languages" tabs=${[
           ["curl", html`<${Code} text=${asCurl(body, Boolean(readKey()))} label="curl" />`],
@@ -138,7 +138,7 @@ function Asked({ input }) {
           ["OpenAI SDK", html`<${Code} text=${asOpenAI(body)} label="OpenAI SDK" />`],
         ]} />
       <//>`;
-  }, [input]);
+  }, [job.input]);
 }
 
 function Page({ job, reload }) {
@@ -161,7 +161,7 @@ function Page({ job, reload }) {
       <${Card} title="Output" actions=${job.output?.text && html`<${Copy} text=${job.output.text} />`}><${Outputs} job=${job} stream=${stream} /><//>
       <${Card} title="Timeline"><${Timeline} job=${job} queue=${stream.queue} /><//>
     </div>
-    ${job.input && html`<${Asked} input=${job.input} />`}
+    ${job.input && html`<${Asked} job=${job} />`}
   `;
 }
 

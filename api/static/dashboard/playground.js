@@ -7,7 +7,7 @@ import { useKept, usePolled, visit } from "./hooks.js";
 import { html, useEffect, useRef, useState } from "./html.js";
 import { Card, Code, Empty, Field, JobLink, Output, Polled, Problem, Status, Tabs, useAction } from "./parts.js";
 import { EMPTY_FORM, PlaygroundForm, formOf, readForm } from "./playground_form.js";
-import { asCurl, asOpenAI, asPython } from "./request.js";
+import { asCurl, asOpenAI, asPython, askedOf } from "./request.js";
 import { useStream } from "./stream.js";
 
 // The API names a field by its path, such as params.temperature; the form by the field's own name.
@@ -116,7 +116,7 @@ export function Playground({ address }) {
     taken.current = from;
     get(`v1/jobs/${from}`, { include: "input" }).then(
       (job) => {
-        setForm(formOf({ ...job.input, metadata: job.metadata }, job.model));
+        setForm(formOf(askedOf(job), job.model));
         visit("playground", { a: job.id });
       },
       (refusal) => setError(refusal),

@@ -50,9 +50,11 @@ export function readForm(form) {
   return { body, errors };
 }
 
-// The form that would send a job's request again.
+const asJson = (object) => (object && Object.keys(object).length ? JSON.stringify(object) : "");
+
+// The form that would send a job's request again. Messages keep what the form does not show, such as calls of tools.
 export function formOf(input, model) {
-  const { messages, prompt, params = {}, tools, metadata } = input;
+  const { messages, prompt, params = {}, tools, metadata, chat_template_kwargs: templateValues, priority } = input;
   const { structured_output: output, ...plain } = params;
   const given = {};
   for (const { name, kind } of PARAMETERS) {
@@ -61,14 +63,14 @@ export function formOf(input, model) {
     if (kind === "switch") given[name] = value;
     else if (kind === "lines") given[name] = value.join("\n");
     else if (kind === "ids") given[name] = value.join(" ");
-    else given[name] = kind === "json" ? (Object.keys(value).length ? JSON.stringify(value) : "") : JSON.stringify(value);
+    else given[name] = kind === "json" ? asJson(value) : JSON.stringify(value);
   }
   const [format, value] = Object.entries(output ?? {}).find(([name, one]) => name in FORMATS && one !== null) ?? ["", ""];
   const text = format === "choices" ? value.join("\n") : typeof value === "string" ? value : JSON.stringify(value, null, 2);
   return {
     ...EMPTY_FORM,
     isChat: Boolean(messages),
-    messages: messages?.map(({ role, content }) => ({ role, content })) ?? EMPTY_FORM.messages,
+    messages: messages ?? EMPTY_FORM.messages,
     prompt: prompt ?? "",
     models: [model, ""],
     params: given,
@@ -76,7 +78,9 @@ export function formOf(input, model) {
     formatText: format === "json_object" ? "" : text,
     tools: tools?.length ? JSON.stringify(tools, null, 2) : "",
     effort: input.reasoning_effort ?? "",
-    metadata: metadata && Object.keys(metadata).length ? JSON.stringify(metadata) : "",
+    templateValues: asJson(templateValues),
+    priority: priority ? String(priority) : "",
+    metadata: asJson(metadata),
   };
 }
 

@@ -2,10 +2,16 @@
 // flashes in the other one.
 (() => {
   const prefersDark = matchMedia("(prefers-color-scheme: dark)");
+  const chosen = () => {
+    try {
+      return localStorage.getItem("celeriac.theme");
+    } catch {
+      return null; // this browser keeps nothing for sites
+    }
+  };
   const show = () => {
-    const chosen = localStorage.getItem("celeriac.theme");
-    const isChosen = chosen === "light" || chosen === "dark";
-    document.documentElement.dataset.theme = isChosen ? chosen : prefersDark.matches ? "dark" : "light";
+    const isChosen = chosen() === "light" || chosen() === "dark";
+    document.documentElement.dataset.theme = isChosen ? chosen() : prefersDark.matches ? "dark" : "light";
   };
   show();
   prefersDark.addEventListener("change", show);
