@@ -138,7 +138,12 @@ def test_jobs_are_searched_and_cancelled_together(page: Any, api: ApiServer, htt
         has_rows(page, count)
     page.get_by_label("Select all jobs of this page").check()
     page.get_by_role("button", name="Cancel 2").click()
-    page.get_by_role("group", name="Cancel 2 jobs?").get_by_role("button", name="Cancel 2").click()
+    question = page.get_by_role("group", name="Cancel 2 jobs?")
+    assert page.evaluate("document.activeElement.textContent") == "Keep"
+    page.keyboard.press("Escape")
+    question.wait_for(state="detached")
+    page.keyboard.press("Enter")  # the focus is back at the button
+    question.get_by_role("button", name="Cancel 2").click()
     wait_until(lambda: {http.get(f"/v1/jobs/{one}").json()["status"] for one in mine} == {"cancelled"})
     assert http.get(f"/v1/jobs/{other}").json()["status"] == "queued"
     search.fill(f"chatcmpl-{other.removeprefix('job_')}")

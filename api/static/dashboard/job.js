@@ -33,6 +33,7 @@ function timelineOf(job) {
 
 function endingOf(job) {
   if (job.error) return job.error.message;
+  if (job.cached) return "with the answer of an earlier job that asked for the same";
   const reasons = { stop: "the model ended its text", length: "it reached max_tokens or the end of its context", tool_calls: "the model calls tools", cancelled: "somebody cancelled it; what was written is kept", deadline: "its time was over; what was written is kept" };
   return reasons[job.finish_reason] ?? job.finish_reason ?? "";
 }

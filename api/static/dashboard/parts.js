@@ -145,10 +145,18 @@ export function Output({ text, isLive, label = "Output", placeholder = "No outpu
   </div>`;
 }
 
-// A button that asks once more before it does something that cannot be undone.
+// A button that asks once more before it does something that cannot be undone. The focus goes to the way out, and back.
 export function Confirmed({ label, question, onConfirm, disabled }) {
   const [isAsking, ask] = useState(false);
   const [isBusy, setBusy] = useState(false);
+  const asker = useRef(null);
+  const keeper = useRef(null);
+  const wasAsking = useRef(false);
+  useLayoutEffect(() => {
+    if (isAsking) keeper.current.focus();
+    else if (wasAsking.current) asker.current.focus();
+    wasAsking.current = isAsking;
+  }, [isAsking]);
   const confirm = async () => {
     setBusy(true);
     try {
@@ -158,10 +166,10 @@ export function Confirmed({ label, question, onConfirm, disabled }) {
       ask(false);
     }
   };
-  if (!isAsking) return html`<button type="button" disabled=${disabled} onClick=${() => ask(true)}>${label}</button>`;
-  return html`<span class="asked" role="group" aria-label=${question}><span>${question}</span>
+  if (!isAsking) return html`<button type="button" ref=${asker} disabled=${disabled} onClick=${() => ask(true)}>${label}</button>`;
+  return html`<span class="asked" role="group" aria-label=${question} onKeyDown=${({ key }) => key === "Escape" && !isBusy && ask(false)}><span>${question}</span>
     <button type="button" class="danger" disabled=${isBusy || disabled} onClick=${confirm}>${label}</button>
-    <button type="button" class="quiet" disabled=${isBusy} onClick=${() => ask(false)}>Keep</button></span>`;
+    <button type="button" class="quiet" ref=${keeper} disabled=${isBusy} onClick=${() => ask(false)}>Keep</button></span>`;
 }
 
 // Runs an action of a button and shows its refusal. Returns [act, error, isBusy].
