@@ -30,6 +30,7 @@ from api import (
 )
 from api.anthropic_batches import MAX_BATCH_BYTES
 from api.errors import ImpliedMethods, register_error_handlers
+from api.exposure import refuse_public_access_without_keys
 from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
 from api.openai import batches, compact, conversations, files, inference, response_socket, responses
 from api.openai.files import FORM_BYTES
@@ -38,7 +39,7 @@ from api.pages import add_pages
 from api.root_path import UnderRootPath
 from api.routes import Application
 from api.services import AnyKeyRoute
-from domain.addresses import OriginPolicy, is_loopback
+from domain.addresses import OriginPolicy
 from domain.catalog import Catalog
 from domain.errors import NotOffered
 from settings import Settings, get_settings
@@ -142,20 +143,3 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     app.state.max_message_bytes = settings.max_body_bytes  # of WebSockets, which the server enforces
     add_pages(app)
     return app
-
-
-def refuse_public_access_without_keys(settings: Settings) -> None:
-    """Without keys anyone who reaches the API owns every job, so only this machine may reach it, and no web page that
-    happens to be open in its browser. Raises ValueError."""
-    if settings.auth != "none":
-        return
-    if not is_loopback(settings.host):
-        raise ValueError(
-            f"CELERIAC_HOST is {settings.host!r} and CELERIAC_AUTH is 'none': anyone on the network could use the API; "
-            "set CELERIAC_AUTH=api_key, or leave CELERIAC_HOST at 127.0.0.1"
-        )
-    if "*" in settings.cors_origin_list:
-        raise ValueError(
-            "CELERIAC_CORS_ORIGINS is '*' and CELERIAC_AUTH is 'none': any web page could use the API; "
-            "name the origins, or set CELERIAC_AUTH=api_key"
-        )

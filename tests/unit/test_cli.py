@@ -283,6 +283,15 @@ def test_up_tells_where_flower_is_behind_a_proxy(monkeypatch: pytest.MonkeyPatch
     assert up._flower_url == "http://127.0.0.1:5555/flower/"
 
 
+@pytest.mark.parametrize("command", ["api", "up"])
+def test_nothing_is_started_for_the_network_without_keys(run: Any, command: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    result = run(command, CELERIAC_HOST="0.0.0.0", CELERIAC_DATA_DIR=str(data))
+    assert result.exit_code == 1
+    assert "anyone on the network could use the API; set CELERIAC_AUTH=api_key" in result.output
+    assert not data.exists()
+
+
 def test_flower_stays_on_this_machine_unless_it_asks_for_a_password(run: Any) -> None:
     result = run("flower", "--address", "0.0.0.0")
     assert result.exit_code == 2
