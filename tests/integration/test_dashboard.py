@@ -203,6 +203,14 @@ def test_a_refusal_is_shown_at_its_field(page: Any, api: ApiServer) -> None:
     page.get_by_role("button", name="Run", exact=True).click()
     shows(page, "it is not JSON")
     field(page, "tools").fill("")
+    page.get_by_text("All sampling parameters").click()
+    field(page, "repetition_penalty").fill("1.1")
+    field(page, "min_p").press_sequentially("-")
+    page.get_by_text("All sampling parameters").click()  # closed: it is said below the form, too
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.locator(".problem", has_text="min_p: it is not a number").wait_for()
+    page.get_by_text("All sampling parameters").click()
+    field(page, "min_p").fill("")
     field(page, "max_tokens").fill("2000000")
     page.get_by_role("button", name="Run", exact=True).click()
     page.locator(".field.wrong", has_text="max_tokens").wait_for()
@@ -487,7 +495,7 @@ def test_an_answer_that_is_not_ours_spoils_only_its_view(chromium: Any, api: Api
     page.goto(f"{api.url}/#/usage")
     shows(page, "This page cannot be drawn")
     page.get_by_role("link", name="Models", exact=True).click()
-    page.get_by_role("heading", name="Served here").wait_for()
+    page.get_by_role("heading", name="Models", exact=True).wait_for()
     page.context.close()
 
 

@@ -5,7 +5,7 @@ import { compact, moment, shortened } from "./format.js";
 import { link, usePolled, visit } from "./hooks.js";
 import { html, useRef, useState } from "./html.js";
 import { Erasures } from "./erasures.js";
-import { Card, Chip, Code, Confirmed, Empty, Field, Polled, Problem, Status, Time, useAction } from "./parts.js";
+import { Card, Chip, Code, Confirmed, Empty, Field, Polled, Problem, Scrolled, Status, Time, useAction } from "./parts.js";
 
 const LIMITS = ["requests_per_minute", "tokens_per_minute", "tokens_per_day", "tokens_per_month", "queued_jobs", "unfinished_jobs", "queued_tokens", "streams"];
 const OWN_SCOPES = ["submit", "read", "cancel"];
@@ -147,10 +147,10 @@ function Key({ apiKey, reload }) {
 }
 
 const Audit = ({ entries }) => html`
-  <div class="scroll"><table>
+  <${Scrolled} label="Changes"><table>
     <thead><tr><th>When</th><th>Who</th><th>What</th><th>Tenant</th><th>Changes</th></tr></thead>
     <tbody>${entries.map((entry) => html`<tr key=${entry.id}><td><${Time} at=${entry.changed_at} /></td><td>${entry.actor}</td><td>${inWords(entry.action)}</td><td>${entry.tenant}</td><td class="mono">${Object.keys(entry.changes).length ? shortened(JSON.stringify(entry.changes), 120) : "–"}</td></tr>`)}</tbody>
-  </table></div>
+  </table><//>
 `;
 
 const PAGE = 50;

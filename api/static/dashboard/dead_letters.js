@@ -4,7 +4,7 @@ import { get, may, post } from "./api.js";
 import { duration, plural, secondsBetween } from "./format.js";
 import { link, usePolled, visit } from "./hooks.js";
 import { html } from "./html.js";
-import { Card, Chip, Confirmed, Empty, JobLink, Polled, Problem, Time, useAction } from "./parts.js";
+import { Card, Chip, Confirmed, Empty, JobLink, Polled, Problem, Scrolled, Time, useAction } from "./parts.js";
 
 const POISON = "poison_job";
 
@@ -12,10 +12,10 @@ function Attempts({ attempts }) {
   return html`
     <details>
       <summary>${plural(attempts.length, "attempt")}</summary>
-      <div class="scroll"><table>
+      <${Scrolled} label="Attempts"><table>
         <thead><tr><th class="number">Attempt</th><th>Worker</th><th>Outcome</th><th class="number">Took</th><th class="number">Tokens</th></tr></thead>
         <tbody>${attempts.map((one) => html`<tr key=${one.attempt}><td class="number">${one.attempt}</td><td class="mono">${one.worker ?? "not registered"}</td><td>${one.outcome}${one.error_code ? `: ${one.error_code}` : ""}</td><td class="number">${duration(secondsBetween(one.started_at, one.ended_at))}</td><td class="number">${one.num_tokens}</td></tr>`)}</tbody>
-      </table></div>
+      </table><//>
     </details>
   `;
 }

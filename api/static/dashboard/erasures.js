@@ -4,7 +4,7 @@ import { get, post } from "./api.js";
 import { count, plural } from "./format.js";
 import { usePolled } from "./hooks.js";
 import { html, useRef, useState } from "./html.js";
-import { Chip, Confirmed, Field, Polled, Problem, Status, Time, useAction } from "./parts.js";
+import { Chip, Confirmed, Field, Polled, Problem, Scrolled, Status, Time, useAction } from "./parts.js";
 
 const RUNNING_SECONDS = 2;
 const IDLE_SECONDS = 15;
@@ -74,10 +74,10 @@ export function Erasures({ tenant }) {
       <p class="soft">Maintenance erases in the background, also while this page is closed. What arrives later is not erased; ask again then. <${Chip}>the value is forgotten at the end<//></p>
       <${Ask} path=${path} reload=${state.reload} />
       <${Polled} state=${state}>${({ data }) =>
-        data.length > 0 && html`<div class="scroll"><table>
+        data.length > 0 && html`<${Scrolled} label="Erasures"><table>
           <thead><tr><th>Whose</th><th>State</th><th>Erased</th><th>Asked for</th></tr></thead>
           <tbody>${data.map((erasure) => html`<${Row} key=${erasure.id} erasure=${erasure} />`)}</tbody>
-        </table></div>`}<//>
+        </table><//>`}<//>
     </div>
   `;
 }

@@ -5,6 +5,7 @@ import { clockTime, count, duration, moment, plural, rate, secondsBetween, secon
 import { link, useClock, usePolled, visit } from "./hooks.js";
 import { html, useEffect, useMemo, useRef, useState } from "./html.js";
 import { isOver } from "./jobs.js";
+import { visible } from "./json.js";
 import { Card, Code, Confirmed, Copy, JobLink, LongText, Output, Polled, Problem, Status, Tabs, useAction } from "./parts.js";
 import { asCurl, asOpenAI, asPython, askedOf, bodyOf } from "./request.js";
 import { useStream } from "./stream.js";
@@ -102,7 +103,7 @@ function Request({ input }) {
     ${prompt && html`<div class="output" tabindex="0" role="region" aria-label="Prompt"><${LongText} text=${prompt} /></div>`}
     ${inputs && html`<ul class="messages">${inputs.slice(0, 20).map((text, index) => html`<li key=${index}><b>${index + 1}</b><div class="said">${typeof text === "string" ? html`<${LongText} text=${text} />` : `${text.length} token ids`}</div></li>`)}</ul>`}
     <h3>Parameters</h3>
-    <pre tabindex="0" role="region" aria-label="Parameters"><${LongText} text=${JSON.stringify({ ...params, ...rest }, null, 2)} /></pre>
+    <pre tabindex="0" role="region" aria-label="Parameters"><${LongText} text=${visible({ ...params, ...rest }, 2)} /></pre>
   `;
 }
 
@@ -175,5 +176,5 @@ export function JobPage({ id }) {
     return { ...job, input: input.current };
   };
   const state = usePolled(ask, (job) => (isOver(job) ? 0 : 3), [id]);
-  return html`<p class="back"><a href=${link("jobs")}>Jobs</a></p><${Polled} state=${state}>${(job) => html`<${Page} job=${job} reload=${state.reload} />`}<//>`;
+  return html`<p class="back"><a href=${link("jobs")}>Jobs</a></p>${!state.data && html`<h1 class="unseen">Job</h1>`}<${Polled} state=${state}>${(job) => html`<${Page} job=${job} reload=${state.reload} />`}<//>`;
 }

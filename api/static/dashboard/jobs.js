@@ -4,7 +4,7 @@ import { forEach, get, may, post } from "./api.js";
 import { duration, ending, jobIdOf, plural, secondsBetween, secondsSince, shortened } from "./format.js";
 import { link, useClock, usePolled, visit } from "./hooks.js";
 import { html, useEffect, useState } from "./html.js";
-import { Card, Chip, Confirmed, Empty, Field, JobLink, Polled, Problem, Status, Time } from "./parts.js";
+import { Card, Chip, Confirmed, Empty, Field, JobLink, Polled, Problem, Scrolled, Status, Time } from "./parts.js";
 import { useStream } from "./stream.js";
 
 const STATUSES = ["queued", "in_progress", "completed", "failed", "cancelled", "expired"];
@@ -119,13 +119,13 @@ function JobTable({ jobs, hasMore, query, reload }) {
   const canAct = ACTIONS.some(([scope]) => may(scope));
   return html`
     ${canAct && html`<${Actions} jobs=${jobs} chosen=${chosen} onDone=${done} />`}
-    <div class="scroll"><table>
+    <${Scrolled} label="Jobs"><table>
       <thead><tr>
         ${canAct && html`<th><input type="checkbox" checked=${areAllChosen} aria-label="Select all jobs of this page" onChange=${() => setChosen(new Set(areAllChosen ? [] : jobs.map((job) => job.id)))} /></th>`}
         <th>Job</th><th>Status</th><th>Model</th><th>Accepted</th><th class="number">Took</th><th class="number">Tokens</th><th>Metadata</th>
       </tr></thead>
       <tbody>${jobs.map((job) => html`<${Row} key=${job.id} job=${job} isChosen=${chosen.has(job.id)} onChoose=${canAct && toggle} isStreamed=${streamed.has(job.id)} />`)}</tbody>
-    </table></div>
+    </table><//>
     <nav class="pages" aria-label="Pages">
       ${query.get("after") && html`<a href=${page("")}>Newest</a>`}
       ${hasMore && html`<a href=${page(jobs[jobs.length - 1].id)}>Older</a>`}

@@ -15,3 +15,8 @@ export function numberOf(text) {
   if (Number.isNaN(value)) throw new Error(`it is ${text}; write a number`);
   return isRounded(value) && /^-?\d+$/.test(text.trim()) ? raw(text.trim(), value) : value;
 }
+
+const UNSEEN = /[\u00ad\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+
+// JSON to be read: characters that are not seen, or turn the direction of what follows, are written as \uNNNN.
+export const visible = (value, indent) => JSON.stringify(value, null, indent).replace(UNSEEN, (one) => `\\u${one.charCodeAt(0).toString(16).padStart(4, "0")}`);

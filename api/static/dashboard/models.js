@@ -4,7 +4,7 @@ import { get, post } from "./api.js";
 import { compact, duration, rate } from "./format.js";
 import { link, usePolled } from "./hooks.js";
 import { html, useState } from "./html.js";
-import { Card, Chip, Confirmed, Empty, Field, Meter, Polled, Problem, Shortened, Status, Time, useAction } from "./parts.js";
+import { Card, Chip, Confirmed, Empty, Field, Meter, Polled, Problem, Scrolled, Shortened, Status, Time, useAction } from "./parts.js";
 import { Pulls } from "./pulls.js";
 
 function Worker({ worker, act, reload }) {
@@ -41,10 +41,10 @@ function Administered({ model, card, reload }) {
       ${card?.unavailable && html`<${Problem} error=${{ message: card.unavailable }} />`}
       <${Loading} model=${model} card=${card} />
       ${model.workers.length > 0
-        ? html`<div class="scroll"><table>
+        ? html`<${Scrolled} label="Workers"><table>
             <thead><tr><th>Worker</th><th>State</th><th class="wide">Batch</th><th class="number">Tokens/s</th><th>Started</th><th><span class="unseen">Actions</span></th></tr></thead>
             <tbody>${model.workers.map((worker) => html`<${Worker} key=${`${worker.hostname} ${worker.started_at}`} worker=${worker} act=${act} reload=${reload} />`)}</tbody>
-          </table></div>`
+          </table><//>`
         : html`<p class="soft">No worker serves it. Start one with <code>celeriac worker --model ${model.id}</code>.</p>`}
       ${error && html`<${Problem} error=${error} />`}
     <//>
@@ -56,7 +56,7 @@ const Served = ({ card }) => html`
     <td>${card.id}${card.parent && html` <${Chip}>adapter of ${card.parent}<//>`}${card.task && card.task !== "generation" && html` <${Chip} tone="run">${card.task}<//>`}</td>
     <td>${card.unavailable ? html`<${Status} of="failed">unavailable<//>` : card.load_percent !== null ? html`<${Status} of="loading">loading ${card.load_percent} %<//>` : html`<${Status} of=${card.loaded ? "loaded" : "waiting"}>${card.loaded ? "ready" : "not loaded"}<//>`}</td>
     <td class="number">${compact(card.max_model_len)}</td>
-    <td>${card.unavailable}</td>
+    <td class="wraps">${card.unavailable}</td>
   </tr>
 `;
 
@@ -83,7 +83,7 @@ export function Models({ live, isAdmin }) {
     ${(rest.length > 0 || !areWorkersShown) && html`
       <${Card} title=${areWorkersShown ? "Adapters and unavailable models" : "Served here"}><${Polled} state=${cards}>${() => rest.length === 0
         ? html`<${Empty} title="No models are served">An administrator pulls one, or adds it to models.toml.<//>`
-        : html`<div class="scroll"><table><thead><tr><th>Model</th><th>State</th><th class="number">Context</th><th>Why</th></tr></thead><tbody>${rest.filter(isWanted).map((card) => html`<${Served} key=${card.id} card=${card} />`)}</tbody></table></div>`}<//><//>`}
+        : html`<${Scrolled} label="Models"><table><thead><tr><th>Model</th><th>State</th><th class="number">Context</th><th>Why</th></tr></thead><tbody>${rest.filter(isWanted).map((card) => html`<${Served} key=${card.id} card=${card} />`)}</tbody></table><//>`}<//><//>`}
     ${isAdmin && html`<${Pulls} />`}
   `;
 }

@@ -6,7 +6,7 @@ import { WAITING, WAITING_SHORT, bytes, compact, count, duration, percent, plura
 import { link, usePolled } from "./hooks.js";
 import { html } from "./html.js";
 import { findingsOf } from "./live.js";
-import { Card, Chip, Empty, JobLink, Meter, Output, Polled, Shortened, Status, Time } from "./parts.js";
+import { Card, Chip, Empty, JobLink, Meter, Output, Polled, Scrolled, Shortened, Status, Time } from "./parts.js";
 import { useStream } from "./stream.js";
 
 const NUM_SHOWN = 20; // queues and workers
@@ -52,7 +52,7 @@ function Queues({ queues }) {
   const busiestFirst = [...queues].sort((one, other) => other.queued + other.running - (one.queued + one.running) || other.workers - one.workers);
   return html`
     <${Card} title="Queues">
-      <${Shortened} rows=${busiestFirst} first=${NUM_SHOWN} name="queues">${(shown) => html`<div class="scroll"><table>
+      <${Shortened} rows=${busiestFirst} first=${NUM_SHOWN} name="queues">${(shown) => html`<${Scrolled} label="Queues"><table>
         <thead><tr><th>Model</th><th>State</th><th class="wide">Slots</th><th class="number">Queued</th><th class="number">Oldest</th><th class="number">A new job starts in</th><th class="number">Tokens/s</th><th>Waiting for</th></tr></thead>
         <tbody>${shown.map((queue) => html`
           <tr key=${queue.model}>
@@ -65,7 +65,7 @@ function Queues({ queues }) {
             <td class="number">${queue.running ? rate(queue.tokens_per_second) : "–"}</td>
             <td><${WaitingFor} reasons=${queue.waiting_for} /></td>
           </tr>`)}</tbody>
-      </table></div>`}<//>
+      </table><//>`}<//>
     <//>
   `;
 }
@@ -80,7 +80,7 @@ function TenantQueues() {
       <${Polled} state=${state}>${({ data, has_more }) =>
         data.length === 0
           ? html`<${Empty} title="No tenant has unfinished jobs" />`
-          : html`<div class="scroll"><table>
+          : html`<${Scrolled} label="Queues by tenant"><table>
               <thead><tr><th>Tenant</th><th>Model</th><th class="number">Queued</th><th class="number">Running</th><th class="number">Oldest</th><th class="number">A new job starts in</th></tr></thead>
               <tbody>${data.slice(0, MAX_TENANTS_SHOWN).map((queue) => html`
                 <tr key=${`${queue.tenant} ${queue.model}`}>
@@ -89,7 +89,7 @@ function TenantQueues() {
                   <td class="number">${queue.queued ? duration(queue.oldest_queued_seconds) : "–"}</td>
                   <td class="number"><${Eta} seconds=${queue.eta_seconds} /></td>
                 </tr>`)}</tbody>
-            </table></div>
+            </table><//>
             ${(has_more || data.length > MAX_TENANTS_SHOWN) && html`<p class="soft">The ${MAX_TENANTS_SHOWN} longest of ${has_more ? "more than " : ""}${data.length}.</p>`}`}<//>
     <//>
   `;
@@ -107,7 +107,7 @@ function Workers({ models }) {
     <${Card} title="Workers" actions=${html`<a href=${link("models")}>Load, unload, drain</a>`}>
       ${workers.length === 0
         ? html`<${Empty} title="No worker has reported within 15 seconds">Start one with <code>celeriac worker --model ID</code>. Jobs that are accepted meanwhile wait for it.<//>`
-        : html`<${Shortened} rows=${workers} first=${NUM_SHOWN} name="workers">${(shown) => html`<div class="scroll"><table>
+        : html`<${Shortened} rows=${workers} first=${NUM_SHOWN} name="workers">${(shown) => html`<${Scrolled} label="Workers"><table>
             <thead><tr><th>Worker</th><th>Model</th><th>State</th><th class="wide">Batch</th><th class="wide">Cache</th><th class="number">Memory</th><th class="number">Tokens/s</th><th>Started</th></tr></thead>
             <tbody>${shown.map((worker) => html`
               <tr key=${`${worker.hostname} ${worker.model} ${worker.started_at}`}>
@@ -120,7 +120,7 @@ function Workers({ models }) {
                 <td class="number">${worker.num_running ? rate(worker.tokens_per_second) : "–"}</td>
                 <td><${Time} at=${worker.started_at} /></td>
               </tr>`)}</tbody>
-          </table></div>`}<//>`}
+          </table><//>`}<//>`}
     <//>
   `;
 }

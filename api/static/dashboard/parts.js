@@ -67,7 +67,7 @@ export const Loading = () => html`<div class="empty soft" role="status">Loadingâ
 // An error in the API's own words, which say what to do. `onRetry` is optional.
 export const Problem = ({ error, onRetry }) => html`
   <div class="problem" role="alert">
-    <p>${error.param && html`<code>${error.param}</code>${": "}`}${error.message}</p>
+    <p>${error.param && !error.message.startsWith(error.param) && html`<code>${error.param}</code>${": "}`}${error.message}</p>
     ${onRetry && html`<button type="button" onClick=${onRetry}>Try again</button>`}
   </div>
 `;
@@ -83,6 +83,20 @@ export function Shortened({ rows, first, name, children }) {
 export function Polled({ state, children }) {
   if (!state.data && !state.error) return html`<${Loading} />`;
   return html`${state.error && html`<${Problem} error=${state.error} onRetry=${state.reload} />`}${state.data && children(state.data)}`;
+}
+
+// A wide table: where it does not fit, the keyboard can scroll it, too.
+export function Scrolled({ label, children }) {
+  const box = useRef(null);
+  const [isWide, setWide] = useState(false);
+  const look = () => box.current && setWide(box.current.scrollWidth > box.current.clientWidth); // none once it is removed
+  useLayoutEffect(look);
+  useEffect(() => {
+    const observer = new ResizeObserver(look);
+    observer.observe(box.current);
+    return () => observer.disconnect();
+  }, []);
+  return html`<div class="scroll" ref=${box} ...${isWide ? { tabindex: 0, role: "region", "aria-label": label } : {}}>${children}</div>`;
 }
 
 // How much of something is taken. `label` says it to those who do not see the bar.

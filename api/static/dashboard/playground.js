@@ -42,6 +42,9 @@ function ModelChoice({ label, models, value, onChoose }) {
   </select><//>`;
 }
 
+// A field of the form whose text is no number has no value for the page to read.
+const withoutNumbers = (form) => Object.fromEntries([...form.elements].filter((control) => control.validity?.badInput).map((control) => [control.name, "it is not a number"]));
+
 function Bench({ models, form, setForm, query }) {
   const [act, refusal, isBusy] = useAction();
   const [unreadable, setUnreadable] = useState({});
@@ -60,8 +63,9 @@ function Bench({ models, form, setForm, query }) {
   const run = (event) => {
     event.preventDefault();
     const { body, errors } = readForm(form);
-    setUnreadable(errors);
-    if (Object.keys(errors).length) return;
+    const wrong = { ...errors, ...withoutNumbers(event.currentTarget) };
+    setUnreadable(wrong);
+    if (Object.keys(wrong).length) return;
     act(async () => {
       const made = await Promise.all(chosen.map((model) => post("v1/jobs", { ...body, model })));
       visit("playground", { a: made[0].id, b: made[1]?.id });
@@ -73,7 +77,7 @@ function Bench({ models, form, setForm, query }) {
   const whole = { model: first, ...body };
   const hasKey = Boolean(readKey());
   return html`
-    <form class="bench" onSubmit=${run} onKeyDown=${(event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && run(event)}>
+    <form class="bench" noValidate onSubmit=${run} onKeyDown=${(event) => event.key === "Enter" && (event.ctrlKey || event.metaKey) && run(event)}>
       <${Card} title="Request" actions=${html`<button type="button" class="quiet" onClick=${() => setForm(EMPTY_FORM)}>Start over</button>`}>
         <div class="grid two">
           <${ModelChoice} label=${form.isCompared ? "Left model" : "Model"} models=${models} value=${first} onChoose=${(id) => change({ models: [id, form.models[1]] })} />
@@ -82,6 +86,7 @@ function Bench({ models, form, setForm, query }) {
         <label class="switch"><input type="checkbox" checked=${form.isCompared} onChange=${({ target }) => change({ isCompared: target.checked })} /><span>Two side by side</span></label>
         <${PlaygroundForm} form=${form} change=${change} errors=${{ ...named, ...unreadable }} />
         ${refusal && html`<${Problem} error=${refusal} />`}
+        ${Object.entries(unreadable).map(([param, message]) => html`<${Problem} key=${param} error=${{ param, message }} />`)}
         <div class="actions"><button class="primary" disabled=${isBusy || !first || !may("submit")}>${isBusy ? "Sending…" : "Run"}</button><small class="soft">${may("submit") ? "Ctrl + Enter" : "This key may not submit jobs: it lacks the scope submit."}</small></div>
       <//>
     </form>

@@ -107,7 +107,7 @@ function Parameter({ parameter, form, change, error }) {
     return html`<label class="switch"><input type="checkbox" checked=${form.params[name] ?? isOnByDefault} onChange=${({ target }) => put(target.checked)} /><span><code>${name}</code>${hint && html` <small>${hint}</small>`}</span></label>`;
   }
   const common = { value: form.params[name] ?? "", onInput: ({ target }) => put(target.value), placeholder: "default" };
-  const control = kind === "number" ? html`<input type="number" inputmode="decimal" min=${min} max=${max} step=${step} ...${common} />` : html`<textarea rows="2" spellcheck="false" ...${common} placeholder=""></textarea>`;
+  const control = kind === "number" ? html`<input type="number" name=${name} inputmode="decimal" min=${min} max=${max} step=${step} ...${common} />` : html`<textarea rows="2" spellcheck="false" ...${common} placeholder=""></textarea>`;
   return html`<${Field} label=${name} hint=${hint} error=${error}>${control}<//>`;
 }
 
@@ -150,7 +150,7 @@ export function PlaygroundForm({ form, change, errors }) {
         ${text("templateValues", "chat_template_kwargs", '{"enable_thinking": false}', 2)}
       </details>`}
     <details><summary>The job</summary>
-      <${Field} label="priority" hint="−10 to 10, higher runs earlier" error=${errors.priority}><input type="number" min="-10" max="10" step="1" value=${form.priority} onInput=${({ target }) => change({ priority: target.value })} /><//>
+      <${Field} label="priority" hint="−10 to 10, higher runs earlier" error=${errors.priority}><input type="number" name="priority" min="-10" max="10" step="1" value=${form.priority} onInput=${({ target }) => change({ priority: target.value })} /><//>
       ${text("metadata", "metadata", '{"user": "42"}', 2)}
     </details>
   `;

@@ -4,7 +4,7 @@ import { get, post } from "./api.js";
 import { bytes, percent } from "./format.js";
 import { usePolled } from "./hooks.js";
 import { html, useState } from "./html.js";
-import { Card, Confirmed, Field, Meter, Problem, Status, Time, useAction } from "./parts.js";
+import { Card, Confirmed, Field, Meter, Problem, Scrolled, Status, Time, useAction } from "./parts.js";
 
 const SECONDS = 2;
 const UNFINISHED = ["queued", "running"];
@@ -22,7 +22,7 @@ function Pull({ pull, act, reload }) {
     <tr>
       <td>${pull.id}</td>
       <td><${Status} of=${pull.status}>${pull.cancel_requested && pull.status === "running" ? "is cancelled" : pull.status}<//></td>
-      <td class="wide"><${Progress} pull=${pull} /></td>
+      <td class="wide wraps"><${Progress} pull=${pull} /></td>
       <td class="mono">${pull.source}</td>
       <td><${Time} at=${pull.finished_at ?? pull.started_at ?? pull.created_at} /></td>
       <td class="actions">${UNFINISHED.includes(pull.status) && !pull.cancel_requested && html`<${Confirmed} label="Cancel" question="Throw away what was fetched?" onConfirm=${cancel} />`}</td>
@@ -61,10 +61,10 @@ export function Pulls() {
       <p class="soft">Maintenance fetches it into the store of its machine, one model at a time, also while this page is closed. It is served where workers and API share that store; a worker then loads it.</p>
       <${Ask} known=${known.data?.data ?? []} act=${act} reload=${pulls.reload} isBusy=${isBusy} />
       ${(error ?? pulls.error) && html`<${Problem} error=${error ?? pulls.error} />`}
-      ${found.length > 0 && html`<div class="scroll"><table>
+      ${found.length > 0 && html`<${Scrolled} label="Pulls"><table>
         <thead><tr><th>Model</th><th>State</th><th class="wide">Progress</th><th>Source</th><th>When</th><th><span class="unseen">Actions</span></th></tr></thead>
         <tbody>${found.map((pull) => html`<${Pull} key=${pull.id} pull=${pull} act=${act} reload=${pulls.reload} />`)}</tbody>
-      </table></div>`}
+      </table><//>`}
     <//>
   `;
 }

@@ -1,6 +1,6 @@
 // A job's request: as it can be sent again, and as code that sends it.
 
-import { isRaw } from "./json.js";
+import { isRaw, visible } from "./json.js";
 
 const DEFAULTS = { parallel_tool_calls: true, continue_final_message: false, kind: "generation", priority: 0, min_tokens: 0, min_p: 0, ignore_eos: false, presence_penalty: 0, frequency_penalty: 0, repetition_penalty: 1, n: 1 };
 
@@ -33,7 +33,7 @@ const MAX_ARGUMENT = 100_000; // characters: Linux takes no argument of more tha
 
 export function asCurl(body, hasKey) {
   const key = hasKey ? ` -H "authorization: Bearer ${KEY_NOTE}"` : "";
-  const text = JSON.stringify(body, null, 2);
+  const text = visible(body, 2);
   const data = new TextEncoder().encode(text).length > MAX_ARGUMENT ? `--data-binary @- <<'END'\n${text}\nEND` : `-d ${inShell(text)}`;
   return `curl -s ${here()}/v1/jobs -H 'content-type: application/json'${key} \\\n  ${data}`;
 }
@@ -43,9 +43,9 @@ function inPython(value, indent = "") {
   if (value === null) return "None";
   if (value === true) return "True";
   if (value === false) return "False";
-  if (typeof value !== "object" || isRaw(value)) return JSON.stringify(value);
+  if (typeof value !== "object" || isRaw(value)) return visible(value);
   const deeper = `${indent}    `;
-  const items = Array.isArray(value) ? value.map((item) => inPython(item, deeper)) : Object.entries(value).map(([name, item]) => `${JSON.stringify(name)}: ${inPython(item, deeper)}`);
+  const items = Array.isArray(value) ? value.map((item) => inPython(item, deeper)) : Object.entries(value).map(([name, item]) => `${visible(name)}: ${inPython(item, deeper)}`);
   const [open, close] = Array.isArray(value) ? "[]" : "{}";
   const oneLine = `${open}${items.join(", ")}${close}`;
   if (oneLine.length < 80 && !oneLine.includes("\n")) return oneLine;

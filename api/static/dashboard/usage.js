@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { compact, count, duration } from "./format.js";
 import { link, usePolled, visit } from "./hooks.js";
 import { html } from "./html.js";
-import { Card, Empty, Field, Meter, Polled } from "./parts.js";
+import { Card, Empty, Field, Meter, Polled, Scrolled } from "./parts.js";
 
 const PERIODS = { 1: "today and yesterday", 7: "7 days", 30: "30 days", 90: "90 days" };
 const DAY_MILLISECONDS = 86_400_000;
@@ -32,7 +32,7 @@ function Groups({ groups, by, currency }) {
   const ordered = by === "day" ? [...groups].sort((one, other) => other.day.localeCompare(one.day)) : [...groups].sort((one, other) => tokensOf(other) - tokensOf(one));
   const name = (group) => group[by] ?? "without a key";
   return html`
-    <div class="scroll"><table>
+    <${Scrolled} label="Usage"><table>
       <thead><tr><th>${by[0].toUpperCase() + by.slice(1)}</th><th class="wide">Tokens</th><th class="number">Prompt</th><th class="number">Output</th><th class="number">Jobs</th><th class="number">Engine time</th><th class="number">Cost</th></tr></thead>
       <tbody>${ordered.map((group) => html`
         <tr key=${name(group)}>
@@ -41,7 +41,7 @@ function Groups({ groups, by, currency }) {
           <td class="number">${count(group.prompt_tokens)}</td><td class="number">${count(group.output_tokens)}</td><td class="number">${count(group.num_jobs)}</td>
           <td class="number">${duration(group.engine_seconds)}</td><td class="number">${costOf(group, currency)}</td>
         </tr>`)}</tbody>
-    </table></div>
+    </table><//>
   `;
 }
 
