@@ -150,8 +150,8 @@ class _Stream:
             elif news.sequence_number == self.last + 1:
                 self.last += 1
                 taken.append(news)
-            else:
-                self.is_behind |= news.sequence_number > self.last
+            elif news.sequence_number > self.last:
+                self.is_behind = True
             if self.is_behind:
                 break
         return taken

@@ -58,9 +58,9 @@ FILLS_NO_GAPS = Mutant(
     edits=(
         Edit(
             "storage/streams.py",
-            "            elif chunk.sequence_number > self.last:\n                self.is_behind = True",
-            "            elif chunk.sequence_number > self.last:\n"
-            "                self.last = chunk.sequence_number\n                taken.append(chunk)",
+            "            elif news.sequence_number > self.last:\n                self.is_behind = True",
+            "            elif news.sequence_number > self.last:\n"
+            "                self.last = news.sequence_number\n                taken.append(news)",
         ),
     ),
     weights={"redis pause": 1, "redis kill": 1, "half-open redis": 2},
