@@ -232,12 +232,12 @@ class GroupAcceptor:
     async def _transact(
         self, new_jobs: list[NewJob], function: Callable[[Session, Sequence[NewJob]], list[Accepted]]
     ) -> list[Accepted]:
-        async with self._sessions() as session:
-            if any(job.is_limited or job.answer_key is not None for job in new_jobs):
-                await session.connection(execution_options={"isolation_level": "READ COMMITTED"})  # a transaction
-            outcomes = await session.run_sync(function, new_jobs)
-            await session.commit()
-        return outcomes
+        session = self._sessions()
+        try:
+            return await session.run_sync(_commit, new_jobs, function)
+        except BaseException:
+            await asyncio.shield(session.close())
+            raise
 
     def _accept_in(self, session: Session, new_jobs: Sequence[NewJob]) -> list[Accepted]:
         return job_accept.accept(session, new_jobs, answer=job_accept.nobody, **self._bounds)
@@ -260,6 +260,18 @@ class GroupAcceptor:
     def _answer_first(self, session: Session, new_jobs: Sequence[NewJob]) -> dict[UUID, Accepted]:
         with _told_apart():
             return accept_answered(session, new_jobs, max_age_seconds=self._answer_seconds, **self._bounds)
+
+
+def _commit(
+    session: Session, new_jobs: list[NewJob], function: Callable[[Session, Sequence[NewJob]], list[Accepted]]
+) -> list[Accepted]:
+    """Accept, commit and close: in one call, as each that an AsyncSession makes takes turns of the event loop."""
+    if any(job.is_limited or job.answer_key is not None for job in new_jobs):
+        session.connection(execution_options={"isolation_level": "READ COMMITTED"})  # a transaction
+    outcomes = function(session, new_jobs)
+    session.commit()
+    session.close()
+    return outcomes
 
 
 class _NotAnswered(Exception):

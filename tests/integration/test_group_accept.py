@@ -221,16 +221,16 @@ async def test_a_commit_whose_answer_was_lost_is_found_and_not_repeated(
 ) -> None:
     """The connection breaks after the server committed."""
     num_cut = 0
-    commit = AsyncSession.commit
+    commit = Session.commit
 
-    async def commit_and_lose(self: AsyncSession) -> None:
+    def commit_and_lose(self: Session) -> None:
         nonlocal num_cut
-        await commit(self)
+        commit(self)
         if num_cut < 2:
             num_cut += 1
             raise OperationalError("COMMIT", {}, Exception("server closed the connection unexpectedly"))
 
-    monkeypatch.setattr(AsyncSession, "commit", commit_and_lose)
+    monkeypatch.setattr(Session, "commit", commit_and_lose)
     new_jobs = [make_new_job() for _ in range(5)]
     answers = await asyncio.gather(*(acceptor.accept(job) for job in new_jobs))
     assert {answer.outcome for answer in answers} == {AcceptOutcome.ACCEPTED}
