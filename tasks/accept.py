@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -36,6 +37,8 @@ MAX_GROUP = 256
 MAX_GROUP_TOKENS = 1_000_000  # of prompts: a group is one document, of which PostgreSQL and we have copies in memory
 MAX_WAITING = 8_192  # submissions, in turns of their tenants
 NUM_FLUSHERS = 2  # one prepares while the other waits for the disk
+ENOUGH = 16  # submissions for a group: the statements' own cost is little beside theirs, so it waits for no more
+NUM_AT_ONCE = 4  # submissions that are answered in one turn of the event loop
 NUM_RETRIES = 2  # of a group whose COMMIT may or may not have happened
 ANSWER_SECONDS = 5.0  # the longest that a submission waits for the database
 PLAN_SECONDS = 3.0  # for which plans are kept: longer than IDLE_SECONDS
@@ -78,6 +81,7 @@ class GroupAcceptor:
         self._ring = ring
         self._waiting: SharedQueue[_Waiting] = SharedQueue(MAX_WAITING)
         self._wakeup = asyncio.Event()
+        self._gathering = asyncio.Lock()
         self._under_way: dict[int, _Flush] = {}  # by flusher
         self._flushed_at = 0.0  # monotonic: when the last flush began
         self._tasks: list[asyncio.Task[None]] = []
@@ -135,7 +139,9 @@ class GroupAcceptor:
     async def _flush_forever(self, number: int) -> None:
         while True:
             await self._wakeup.wait()
-            group = self._take_group()
+            async with self._gathering:
+                await self._gather()
+                group = self._take_group()
             if not group:
                 self._wakeup.clear()
                 continue
@@ -146,9 +152,20 @@ class GroupAcceptor:
             except Exception as exc:  # an outermost loop: one bad group must not stop accepting
                 log.exception("accepting a group of jobs failed", extra={"num_jobs": len(group)})
                 _refuse_all(group, exc)
+            except asyncio.CancelledError:  # by `stop`
+                _refuse_all(group, _unconfirmed())
+                raise
             finally:
                 del self._under_way[number]
-                _refuse_all(group, _unconfirmed())  # only a flush interrupted by `stop` leaves anyone unanswered
+
+    async def _gather(self) -> None:
+        """Returns once a turn of the event loop brings no more submissions, or there are ENOUGH. An idle loop has such
+        a turn at once; a busy one would else send a group for every few submissions that it has read, and each group's
+        statements and commit take as long as several submissions."""
+        num_before = 0
+        while num_before < len(self._waiting) < ENOUGH:
+            num_before = len(self._waiting)
+            await asyncio.sleep(0)
 
     def _take_group(self) -> list[_Waiting]:
         """The next group, without clients that hung up before their job was sent."""
@@ -172,9 +189,7 @@ class GroupAcceptor:
             await self._flush_halves(group)
         else:
             await self._ring_for(group, outcomes)
-            for waiting, accepted in zip(group, outcomes, strict=True):
-                if not waiting.answer.done():
-                    waiting.answer.set_result(accepted)
+            _answer(deque(zip(group, outcomes, strict=True)))
 
     async def _ring_for(self, group: list[_Waiting], outcomes: list[Accepted]) -> None:
         """Returns when the message is on its way: the event loop writes at the end of a turn, and in the same one would
@@ -314,6 +329,17 @@ async def open_acceptor(settings: Settings, *, ring: Callable[[str, UUID], None]
     finally:
         await acceptor.stop()
         await database.dispose()
+
+
+def _answer(accepted: deque[tuple[_Waiting, Accepted]]) -> None:
+    """A few in each turn of the event loop. Sending all answers of a group takes tens of milliseconds, in which the
+    database would wait for the next statement of another group, and then this process for the database."""
+    for _ in range(min(NUM_AT_ONCE, len(accepted))):
+        waiting, outcome = accepted.popleft()
+        if not waiting.answer.done():
+            waiting.answer.set_result(outcome)
+    if accepted:
+        asyncio.get_running_loop().call_soon(_answer, accepted)
 
 
 def _as_first_time(job_id: UUID, accepted: Accepted) -> Accepted:

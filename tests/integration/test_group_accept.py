@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from itertools import pairwise
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -116,6 +117,36 @@ async def test_workers_are_told_after_the_commit_and_before_the_clients(
     await asyncio.gather(*map(submit, range(3)))
     assert told == ["sent 0 queued", "sent 1 queued", "accepted 0", "accepted 1", "duplicate 2"]
     await acceptor.stop()
+
+
+async def test_what_a_busy_loop_reads_one_by_one_goes_in_one_group(acceptor: GroupAcceptor, groups: list[int]) -> None:
+    submissions = []
+    for _ in range(10):
+        submissions.append(asyncio.create_task(acceptor.accept(make_new_job())))
+        await asyncio.sleep(0)  # a turn of the event loop, which brings one of them
+    await asyncio.gather(*submissions)
+    assert groups == [10]
+
+
+async def test_enough_wait_for_no_more(
+    acceptor: GroupAcceptor, groups: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_accept, "ENOUGH", 4)
+    submissions = []
+    for _ in range(10):
+        submissions.append(asyncio.create_task(acceptor.accept(make_new_job())))
+        await asyncio.sleep(0)
+    await asyncio.gather(*submissions)
+    assert groups[0] == 4
+
+
+async def test_answers_of_a_group_leave_the_loop_turns_for_others(acceptor: GroupAcceptor) -> None:
+    submissions = [asyncio.create_task(acceptor.accept(make_new_job())) for _ in range(12)]
+    nums_answered = [0]  # after each turn of the event loop
+    while nums_answered[-1] < len(submissions):
+        await asyncio.sleep(0)
+        nums_answered.append(sum(task.done() for task in submissions))
+    assert max(after - before for before, after in pairwise(nums_answered)) == group_accept.NUM_AT_ONCE
 
 
 async def test_long_prompts_are_committed_in_several_groups(
@@ -291,13 +322,16 @@ async def hang(sessions: async_sessionmaker[AsyncSession]) -> AsyncIterator[Call
 
 
 async def test_a_database_that_hangs_is_not_waited_for(
-    acceptor: GroupAcceptor, hang: Callable[[], Awaitable[None]], monkeypatch: pytest.MonkeyPatch
+    acceptor: GroupAcceptor,
+    groups: list[int],
+    hang: Callable[[], Awaitable[None]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(group_accept, "ANSWER_SECONDS", 0.3)
     monkeypatch.setattr(group_accept, "STALLED_SECONDS", 0.1)
     await hang()
     first = [asyncio.create_task(acceptor.accept(make_new_job())) for _ in range(2)]
-    await asyncio.sleep(0)
+    await wait_until_async(lambda: groups, "they were sent")
     first.append(asyncio.create_task(acceptor.accept(make_new_job())))
     for answer in await asyncio.gather(*first, return_exceptions=True):
         assert isinstance(answer, StorageUnavailable)
