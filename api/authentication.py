@@ -35,6 +35,8 @@ MAX_LOOK_UPS = 2
 
 MAX_REMEMBERED = 10_000  # keys
 
+EVERY_SCOPE = frozenset(Scope)
+
 P = ParamSpec("P")
 
 T = TypeVar("T")
@@ -122,7 +124,7 @@ class Authenticator:
             self._opening = asyncio.create_task(self._look_up_open())
         if self._opening is not None and not self._open_until:
             await asyncio.shield(self._opening)  # the first request, which knows nothing yet
-        return Identity(DEFAULT_TENANT_ID, frozenset(Scope), None, self._open_limits)
+        return Identity(DEFAULT_TENANT_ID, EVERY_SCOPE, None, self._open_limits)
 
     async def _look_up_open(self) -> None:
         try:

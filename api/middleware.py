@@ -70,6 +70,9 @@ EXPOSED_HEADERS = (
 )
 
 
+JUDGED_HEADERS = frozenset({b"host", b"origin", b"sec-fetch-site", b"sec-fetch-mode", b"sec-fetch-dest"})
+
+
 class OriginGuard:
     """Refuses requests to foreign hosts and from foreign web pages with 403. Used only if no key is required: otherwise
     a page would have to know one."""
@@ -85,14 +88,16 @@ class OriginGuard:
         await self.app(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> Response | None:
-        names = [name for name, _ in scope["headers"]]
+        judged = [header for header in scope["headers"] if header[0] in JUDGED_HEADERS]
+        names = [name for name, _ in judged]
         num_hosts = names.count(b"host")
         if num_hosts != 1 and (num_hosts or scope["http_version"] != "1.0"):  # RFC 9112, section 3.2
             return error_response(InvalidRequest(f"there are {num_hosts} Host headers; send exactly one"))
         if names.count(b"origin") > 1:
             return error_response(InvalidRequest("there are several Origin headers; send at most one"))
+        headers = {name.decode(): value.decode("latin-1") for name, value in reversed(judged)}  # of a name, the first
         # A WebSocket begins as a GET.
-        reason = self._policy.refusal(scope.get("method", "GET"), Headers(scope=scope))
+        reason = self._policy.refusal(scope.get("method", "GET"), headers)
         return None if reason is None else error_response(PermissionDenied(reason))
 
 

@@ -5,6 +5,7 @@ A view is built as a plain dict and dumped once; `JobView` is its type and its p
 
 from collections.abc import Sequence
 from datetime import datetime
+from functools import lru_cache
 from typing import Annotated, Any, Literal, NotRequired, Self, cast
 
 import orjson
@@ -33,6 +34,8 @@ MetadataValue = Annotated[str, StringConstraints(max_length=512, pattern=NO_NUL)
 
 WebhookUrlText = Annotated[str, StringConstraints(max_length=MAX_URL_BYTES)]
 
+EndName = Literal["completed", "failed", "cancelled", "expired"]
+
 TimeoutSeconds = Annotated[float, Field(gt=0, le=WEEK_SECONDS, allow_inf_nan=False)]
 
 
@@ -60,8 +63,8 @@ class JobOptionFields(Frozen):
         description="true: an earlier answer will do even if the output is random; false: the job must run.",
     )
     celery: CeleryCallback | None = Field(default=None, description="A Celery message that is sent at the job's end.")
-    webhook_events: list[Literal["completed", "failed", "cancelled", "expired"]] = Field(
-        default=["completed", "failed", "cancelled", "expired"],
+    webhook_events: tuple[EndName, ...] = Field(  # pydantic would copy a list for each body that leaves it out
+        default=("completed", "failed", "cancelled", "expired"),
         min_length=1,
         max_length=4,
         description="Which final statuses it is notified of.",
@@ -91,8 +94,13 @@ class JobOptionFields(Frozen):
             webhook_url=self.webhook,
             callback=self.celery,
             use_cache=self.use_cache,
-            webhook_statuses=[JobStatus(end) for end in dict.fromkeys(self.webhook_events)],
+            webhook_statuses=_statuses_of(self.webhook_events),
         )
+
+
+@lru_cache(maxsize=512)  # of at most four names
+def _statuses_of(ends: tuple[EndName, ...]) -> tuple[JobStatus, ...]:
+    return tuple(JobStatus(end) for end in dict.fromkeys(ends))
 
 
 class JobBody(JobOptionFields, GenerationRequest):

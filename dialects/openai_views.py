@@ -6,6 +6,7 @@ A view is a TypedDict: both the published schema of an answer and the type of th
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Annotated, Any, Literal, NotRequired, Protocol
 from uuid import UUID
 
@@ -60,6 +61,7 @@ def optional_timestamp(at: datetime | None) -> str | None:
     return None if at is None else timestamp(at)
 
 
+@lru_cache(maxsize=1024)  # a job that ended at once has one time four times, and so have those accepted with it
 def timestamp(at: datetime) -> str:
     """UTC to the millisecond, such as 2026-10-20T12:00:00.000Z."""
     return at.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -30,8 +30,10 @@ class Timeouts(NamedTuple):
 
     def or_else(self, default: "Timeouts") -> "Timeouts":
         """These, and `default` where there is none."""
-        start, run = (theirs if own is None else own for own, theirs in zip(self, default, strict=True))
-        return Timeouts(start, run)
+        return Timeouts(
+            default.start_seconds if self.start_seconds is None else self.start_seconds,
+            default.run_seconds if self.run_seconds is None else self.run_seconds,
+        )
 
 
 NO_TIMEOUTS = Timeouts()

@@ -255,7 +255,7 @@ class GenerationRequest(Frozen):
 
     @model_validator(mode="after")
     def _one_input(self) -> Self:
-        if sum(given is not None for given in (self.prompt, self.messages, self.prompt_token_ids)) != 1:
+        if (self.prompt, self.messages, self.prompt_token_ids).count(None) != 2:
             raise ValueError("send exactly one of prompt, messages and prompt_token_ids")
         return self
 
@@ -270,8 +270,9 @@ class GenerationRequest(Frozen):
     @property
     def source(self) -> str:
         """The name of the field that has the input."""
-        fields = {"prompt": self.prompt, "messages": self.messages, "prompt_token_ids": self.prompt_token_ids}
-        return next(name for name, value in fields.items() if value is not None)
+        if self.messages is not None:
+            return "messages"
+        return "prompt" if self.prompt is not None else "prompt_token_ids"
 
 
 class ResultChoice(Frozen):

@@ -145,7 +145,7 @@ def _accepted(new_job: NewJob, row: Row[Any], result: JobOutput) -> Accepted:
 def _born(new_job: NewJob, row: Row[Any]) -> Job:
     """The job's row. Its attributes are set as SQLAlchemy's loader sets them, without noting a change of each."""
     now, request, is_to_start = row.accepted_at, new_job.request, new_job.start_timeout_seconds is not None
-    job = Job()
+    job: Job = Job.__mapper__.class_manager.new_instance()
     job.__dict__.update(
         id=new_job.id,
         tenant_id=new_job.tenant_id,

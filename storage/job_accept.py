@@ -43,9 +43,10 @@ class CannotSendTogether(Exception):
     """These jobs are too long for one statement, or one of them cannot be sent."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class NewJob:
-    """A validated request that is to become a job. `request` has all defaults resolved."""
+    """A validated request that is to become a job. `request` has all defaults resolved. Nobody changes one; not frozen,
+    as making an object with so many fields would take four times as long."""
 
     id: UUID
     tenant_id: UUID

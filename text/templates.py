@@ -67,6 +67,7 @@ class ChatTemplate:
         TemplateError."""
         environment = _environment()
         self._template = environment.from_string(source)
+        self._template.globals = dict(self._template.globals)  # each rendering reads all of Jinja's chain of mappings
         self.source = source
         parsed = environment.parse(source)
         self.shows_tools = "tools" in meta.find_undeclared_variables(parsed)
