@@ -460,6 +460,8 @@ def test_every_view_is_usable_by_keyboard_and_on_a_phone(chromium: Any, api: Api
         page.get_by_label("Message 1", exact=True).fill("Hi")  # the fake model's context is short
         page.keyboard.press("Control+Enter")
         page.wait_for_url("**/#/playground?a=job_*")
+        is_seen = "document.querySelector('.answers').getBoundingClientRect().top < innerHeight"
+        wait_until(lambda: page.evaluate(is_seen), "the answer is in view")
 
 
 def test_without_a_database_it_says_so_and_shows_no_zeros(chromium: Any, redis_url: str) -> None:

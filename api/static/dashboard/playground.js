@@ -48,6 +48,7 @@ const withoutNumbers = (form) => Object.fromEntries([...form.elements].filter((c
 function Bench({ models, form, setForm, query }) {
   const [act, refusal, isBusy] = useAction();
   const [unreadable, setUnreadable] = useState({});
+  const answers = useRef(null);
   const change = (changed) => {
     setForm((earlier) => ({ ...earlier, ...changed }));
     setUnreadable({});
@@ -69,6 +70,7 @@ function Bench({ models, form, setForm, query }) {
     act(async () => {
       const made = await Promise.all(chosen.map((model) => post("v1/jobs", { ...body, model })));
       visit("playground", { a: made[0].id, b: made[1]?.id });
+      answers.current?.scrollIntoView({ block: "nearest" }); // a long form, or a phone, may have left it out of sight
     });
   };
   const goOn = (text) => change({ messages: [...form.messages, { role: "assistant", content: text }, { role: "user", content: "" }] });
@@ -90,7 +92,7 @@ function Bench({ models, form, setForm, query }) {
         <div class="actions"><button class="primary" disabled=${isBusy || !first || !may("submit")}>${isBusy ? "Sending…" : "Run"}</button><small class="soft">${may("submit") ? "Ctrl + Enter" : "This key may not submit jobs: it lacks the scope submit."}</small></div>
       <//>
     </form>
-    <div class="answers">
+    <div class="answers" ref=${answers}>
       <${Card} title="Answer">
         ${ids.length === 0
           ? html`<${Empty} title="Nothing asked yet">The answer appears here as it is written. It is a job like any other: it goes on if you close this page.<//>`
