@@ -428,6 +428,15 @@ def test_the_theme_is_the_systems_until_one_is_chosen(chromium: Any, api: ApiSer
         assert shown(page) == "dark"
 
 
+def test_with_the_systems_colours_the_view_that_is_shown_can_be_told(chromium: Any, api: ApiServer) -> None:
+    with tab(chromium, api.url, forced_colors="active") as page:
+        page.get_by_role("link", name="Overview").wait_for()
+        lines = "[...document.querySelectorAll('nav a')].map((one) => getComputedStyle(one).borderBottomColor)"
+        chosen, *others = page.evaluate(lines)
+        assert chosen not in others
+        assert len(set(others)) == 1
+
+
 def test_it_works_under_the_path_of_a_proxy(chromium: Any, api_settings: Settings) -> None:
     settings = api_settings.model_copy(update={"root_path": "/celeriac"})
     with ApiServer(settings) as api, tab(chromium, f"{api.url}/celeriac") as page:

@@ -129,7 +129,7 @@ BODY: dict[str, Any] = {
     "kind": "generation",
     "model": "a",
     "prompt": None,
-    "messages": [{"role": "user", "content": 'It\'s "quoted" \\ and\nbroken ${x} `y`'}],
+    "messages": [{"role": "user", "content": 'It\'s "quoted" \\ and\nbroken ${x} `y` \u202eback'}],
     "tools": [{"name": "f", "parameters": {"type": "object"}, "strict": None}],
     "params": {"max_tokens": 5, "seed": 2**63 - 1, "temperature": 0.5, "n": 1, "top_k": 7, "stop": []},
 }
@@ -155,6 +155,7 @@ def code_of(asked: dict[str, Any], folder: Path) -> tuple[dict[str, Any], str, s
 @needs_node
 def test_the_code_of_a_job_makes_the_same_job(tmp_path: Path) -> None:
     body, curl, python, openai = code_of(BODY, tmp_path)
+    assert "\u202e" not in curl + python + openai  # it would show the code in another order than it runs
     assert body == {
         "model": "a",
         "messages": BODY["messages"],
