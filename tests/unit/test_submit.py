@@ -223,6 +223,29 @@ async def test_what_was_prepared_by_an_entry_that_has_changed_is_not_known_after
     await submitter.aclose()
 
 
+@pytest.mark.parametrize(
+    ("outcome", "is_answered", "num_rings"),
+    [(AcceptOutcome.ACCEPTED, False, 1), (AcceptOutcome.ACCEPTED, True, 0), (AcceptOutcome.DUPLICATE, False, 0)],
+)
+async def test_workers_are_told_of_a_job_that_is_accepted_by_itself(
+    tmp_path: Path, outcome: AcceptOutcome, is_answered: bool, num_rings: int
+) -> None:
+    file = tmp_path / "models.toml"
+    file.write_text(FAKE.format(64))
+    rung: list[UUID] = []
+    views = ModelViews(Catalog.load(file))
+    submitter = Submitter(Settings(), views, None, ring=lambda model, job_id: rung.append(job_id))  # type: ignore[arg-type]
+    request = make_request(temperature=0)
+
+    async def accept(new_job: NewJob) -> Accepted:
+        record = JobRecord(Job(), request, None) if is_answered else None
+        return Accepted(new_job.id, outcome, datetime.now(UTC), record)
+
+    submitted = await submitter.submit(UUID(int=1), request, JobOptions(), accept)
+    assert rung == [submitted.job_id] * num_rings
+    await submitter.aclose()
+
+
 def test_what_is_written_once_of_equal_jobs_is_what_each_would_write() -> None:
     first = NewJob(
         id=new_id(),
