@@ -30,15 +30,18 @@ from domain.jobs import FinishReason, JobStatus, Lane
 from domain.requests import RESULT, JobOutput, is_whole_output
 from storage.answers import forget
 from storage.job_accept import Accepted, AcceptOutcome, NewJob, document_of, row_of
+from storage.job_ends import is_gone
 from storage.job_queries import JobRecord
 from storage.job_statements import CLOCK, FRESH, HAS_ROOM, NEW, NEW_COLUMNS, NEW_VALUES, PAYLOAD, Packed, room
 from storage.tables import Job
 from storage.usage import RECORDED_COLUMNS, ends_recorded
 from storage.webhooks import IS_TOLD, write_deliveries
+from storage.workers import LIVE_SECONDS
 
 log = logging.getLogger(__name__)
 
-# Each leader once, with the hash of the question that it has answered.
+# Each leader once, with the hash of the question that it has answered. A model's files may have been replaced without
+# the API having been restarted, whose keys have the old revision then, but its workers.
 FIND = text(f"""
 WITH asked AS MATERIALIZED (
     SELECT DISTINCT * FROM unnest(CAST(:tenant_ids AS uuid[]), CAST(:keys AS bytea[])) AS q(tenant_id, key)
@@ -49,6 +52,7 @@ JOIN answers a ON a.tenant_id = q.tenant_id AND a.key = q.key
 JOIN jobs l ON l.id = a.job_id AND l.tenant_id = q.tenant_id AND l.status = 'completed'
     AND l.cancel_requested_at IS NULL
 JOIN job_results r ON r.job_id = l.id
+WHERE NOT ({is_gone("l.model", "l.model_revision")})
 """).columns(result=JSON)
 
 # A leader that has been deleted since it was found answers nobody.
@@ -118,6 +122,7 @@ def _find(
         "tenant_ids": [tenant_id for tenant_id, _ in kinds],
         "keys": Packed(key for _, key in kinds),
         "max_age_seconds": max_age_seconds,
+        "live_seconds": LIVE_SECONDS,
     }
     found: dict[tuple[UUID, bytes | None], tuple[UUID, JobOutput]] = {}
     unreadable: list[UUID] = []

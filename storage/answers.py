@@ -2,9 +2,10 @@
 
 A row of `answers` names, for a tenant and a key, the job that has the answer or will have it, its leader. A job that
 asks for what its leader has completed is completed with a copy of the output. While the leader waits or runs, it
-follows: it is put off, and ends with the leader. If the leader ends in any other way or is deleted, its followers go on
-by themselves, in the place that they had in the queue. A job is only ever ended while it waits and has never been
-claimed, so whatever happens between these statements, it runs.
+follows: it is put off, and ends with the leader, which is as urgent as the most urgent of those that it runs for. If
+the leader ends in any other way or is deleted, its followers go on by themselves, in the place that they had in the
+queue. A job is only ever ended while it waits and has never been claimed, so whatever happens between these
+statements, it runs.
 
 `answer` is part of the transaction that accepts the jobs, after `storage/answered_jobs.py`, which has inserted most of
 those whose answers are known as completed. So what follows another request of its tenant sees it: the
@@ -27,13 +28,14 @@ from sqlalchemy.orm import Session
 from domain.jobs import JobKind
 from domain.requests import RESULT, JobOutput, is_whole_output
 from storage.job_accept import NewJob
-from storage.job_ends import told
+from storage.job_ends import is_gone, told
 from storage.job_queries import JobRecord
 from storage.job_statements import CLOCK, COUNTED, LEAVES_QUEUE, Packed
 from storage.jobs import Returned
 from storage.tables import Job, JobResult
 from storage.usage import RECORDED_COLUMNS, ends_recorded
 from storage.webhooks import IS_TOLD, write_deliveries
+from storage.workers import LIVE_SECONDS
 
 NEVER_CLAIMED = "j.status || '' = 'queued' AND j.attempt = 0"  # found by id; see RUNNING in job_statements
 
@@ -82,7 +84,8 @@ known AS MATERIALIZED (
         AND a.created_at > {CLOCK} - make_interval(secs => :max_age_seconds)
     LEFT JOIN jobs l ON l.id = a.job_id AND l.tenant_id = s.tenant_id AND l.cancel_requested_at IS NULL
         AND (l.status IN ('queued', 'in_progress')
-            OR (l.status = 'completed' AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id)))
+            OR (l.status = 'completed' AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id)
+                AND NOT ({is_gone("l.model", "l.model_revision")})))
 ),
 leaders AS MATERIALIZED (
     SELECT DISTINCT ON (tenant_id, key) id, tenant_id, key FROM known WHERE leader_id IS NULL
@@ -100,8 +103,14 @@ fresh AS MATERIALIZED (  -- all that change
 ),
 put_off AS (  -- its start was estimated as if it would wait for a slot only
     UPDATE jobs j SET available_at = {CLOCK} + make_interval(secs => {PUT_OFF_SECONDS}), eta = NULL
-    FROM fresh WHERE j.id = fresh.id AND fresh.is_answered IS NOT TRUE RETURNING j.id, fresh.leader_id
+    FROM fresh WHERE j.id = fresh.id AND fresh.is_answered IS NOT TRUE RETURNING j.id, fresh.leader_id, j.priority
 ),
+urged AS MATERIALIZED (  -- a claim, which holds its row and waits for the tenant's load, is not waited for
+    SELECT l.id, p.priority FROM (SELECT leader_id, max(priority) AS priority FROM put_off GROUP BY 1) p
+    JOIN jobs l ON l.id = p.leader_id
+    WHERE l.status || '' = 'queued' AND l.priority < p.priority ORDER BY l.id FOR NO KEY UPDATE OF l SKIP LOCKED
+),
+raised AS (UPDATE jobs l SET priority = urged.priority FROM urged WHERE l.id = urged.id),
 followed AS (
     INSERT INTO job_followers (job_id, leader_id) SELECT id, leader_id FROM put_off ON CONFLICT DO NOTHING
 ),
@@ -174,6 +183,7 @@ def answer(session: Session, new_jobs: Sequence[NewJob], *, max_age_seconds: flo
         "tenant_ids": [job.tenant_id for job in new_jobs],
         "keys": Packed(job.answer_key for job in new_jobs),
         "max_age_seconds": max_age_seconds,
+        "live_seconds": LIVE_SECONDS,
     }
     completed = _ended(session, session.execute(ANSWER, parameters).all())
     if not completed:

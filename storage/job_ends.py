@@ -231,10 +231,14 @@ moved AS (SELECT id, tenant_id, {LEAVES_QUEUE} FROM asked WHERE status = 'cancel
 {told("asked", has_chunks="status = 'cancelled' AND committed_sequence_number > 0")}
 """)
 
+# Of a job that follows another one (storage/answers.py), which has been started, the output is being made.
+_IS_STARTED = """(j.attempt > 0 OR EXISTS (SELECT FROM job_followers f JOIN jobs l ON l.id = f.leader_id
+            WHERE f.job_id = j.id AND l.attempt > 0 AND l.status NOT IN ('failed', 'cancelled', 'expired')))"""
+
 EXPIRE = text(f"""
 WITH pick AS MATERIALIZED (
     SELECT j.id FROM jobs j WHERE j.status = 'queued' AND least(j.deadline_at, j.start_deadline_at) <= {CLOCK}
-        AND (j.deadline_at <= {CLOCK} OR j.attempt = 0) LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+        AND (j.deadline_at <= {CLOCK} OR NOT {_IS_STARTED}) LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
 ),
 expired AS (
     UPDATE jobs j SET status = 'expired', finished_at = {CLOCK},
@@ -311,7 +315,8 @@ SELECT id FROM deleted
 """)
 
 
-def _is_gone(model: str, revision: str) -> str:
+def is_gone(model: str, revision: str) -> str:
+    """Whether no worker serves the revision any more, but another one."""
     live = f"w.model = {model} AND w.seen_at > {CLOCK} - make_interval(secs => :live_seconds)"
     return f"""
     EXISTS (SELECT FROM workers w WHERE {live} AND w.state = 'ready' AND w.model_revision <> {revision})
@@ -326,7 +331,7 @@ WITH begun AS MATERIALIZED (
     SELECT j.model, j.model_revision, count(*) AS num_jobs FROM jobs j
     WHERE j.status = 'queued' AND {MAY_HAVE_BEGUN} AND {BEGUN} GROUP BY j.model, j.model_revision
 )
-SELECT b.model, b.model_revision, b.num_jobs FROM begun b WHERE {_is_gone("b.model", "b.model_revision")}
+SELECT b.model, b.model_revision, b.num_jobs FROM begun b WHERE {is_gone("b.model", "b.model_revision")}
 """)
 
 PICK = f"""
@@ -334,7 +339,7 @@ pick AS MATERIALIZED (
     SELECT j.id, j.num_committed_tokens AS num_tokens FROM jobs j
     WHERE j.status = 'queued' AND j.model = :model AND j.model_revision = :model_revision
         AND {MAY_HAVE_BEGUN} AND {BEGUN}
-        AND {_is_gone("j.model", "j.model_revision")}
+        AND {is_gone("j.model", "j.model_revision")}
     ORDER BY j.id LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
 )"""
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -15,16 +16,17 @@ from api.queue_monitor import QueueMonitor
 from api.services import Services
 from domain.access import Limits
 from domain.errors import InvalidRequest
-from domain.jobs import JobError, JobStatus, external_id, parse_id
+from domain.jobs import JobError, JobStatus, external_id, new_id, parse_id
 from metrics import Process, registries
 from settings import Settings
-from storage import administration, answers, job_queues, tenants
+from storage import administration, answers, job_queues, jobs, tenants, workers
 from storage.administration import TenantChanges
 from storage.job_accept import NewJob
 from storage.limits import OF_TENANT, LimitUse
 from storage.streams import StreamReader
 from storage.tables import ApiKey, Job, Tenant, TenantLoad
 from storage.usage import UsageRecord
+from storage.workers import WorkerReport
 from tests.integration.api_harness import ApiServer, HandWorker, all_events, numbered
 
 GREEDY = {"temperature": 0, "max_tokens": 8}
@@ -311,6 +313,31 @@ def test_an_answer_that_is_gone_is_a_miss(client: httpx.Client, hand_worker: Han
     assert ask(client).json()["output"]["text"] == "Hello again"
 
 
+def test_an_answer_of_files_that_were_replaced_is_a_miss(
+    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
+) -> None:
+    """Also before the API was restarted, which is not told."""
+    report = WorkerReport(
+        id=new_id(),
+        hostname="w",
+        model="large",
+        max_num_seqs=4,
+        num_running=0,
+        tokens_per_second=1.0,
+        model_revision="fake:main",
+    )
+    with session_factory.begin() as session:
+        workers.heartbeat(session, report)
+    for prompt in ("abc", "abcd"):
+        run(hand_worker, ask(client, prompt).json()["id"], "Hello")
+        assert outcome_of(ask(client, prompt)) == (200, "hit", True)
+    with session_factory.begin() as session:
+        workers.heartbeat(session, replace(report, model_revision="fake:retrained"))
+    assert outcome_of(ask(client)) == (202, "miss", False)
+    keyed = client.post("/v1/jobs", json=JOB | {"prompt": "abcd"}, headers={"idempotency-key": "k"})
+    assert outcome_of(keyed) == (202, "miss", False)
+
+
 NO_CHOICE = '{"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 0}}'
 
 VECTORS = '{"kind": "embedding", "embeddings": [], "dimensions": 1, "usage": {"prompt_tokens": 1}}'
@@ -397,6 +424,33 @@ def test_the_same_request_in_flight_is_run_once(
         job = client.get(f"/v1/jobs/{follower}").json()
         assert (job["status"], job["cached"], job["output"]["text"]) == ("completed", True, "Hello")
         assert [event.name for event in all_events(client, follower)][-1] == "job.completed"
+
+
+def test_the_request_that_runs_is_as_urgent_as_the_most_urgent_that_waits_for_it(
+    client: httpx.Client, session_factory: Sessions
+) -> None:
+    leader = ask(client, priority=-10).json()["id"]
+    before = ask(client, prompt="abcd").json()["id"]
+    ask(client, priority=5)
+    ask(client, priority=-3)
+    with session_factory.begin() as session:
+        claimed = jobs.claim(session, "large", limit=2, owner=new_id(), model_revision="fake:main", lease_seconds=9)
+        assert [external_id(job.id) for job in claimed] == [leader, before]
+    assert client.get(f"/v1/jobs/{leader}").json()["priority"] == 5
+
+
+def test_a_start_timeout_is_met_by_the_start_of_the_request_that_is_followed(
+    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
+) -> None:
+    leader, follower = (ask(client, start_timeout=60).json()["id"] for _ in range(2))
+    running = hand_worker.claim(leader)
+    with session_factory.begin() as session:
+        session.execute(text("UPDATE jobs SET start_deadline_at = now() - interval '1 second'"))
+        assert jobs.expire(session) == []
+    hand_worker.finish(running, status=JobStatus.CANCELLED)
+    with session_factory.begin() as session:
+        [expired] = jobs.expire(session)
+        assert external_id(expired.job_id) == follower, "nothing is being made for it any more"
 
 
 @pytest.mark.parametrize("end", ["cancel", "delete", "fail"])
