@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
-from sqlalchemy import Row, text
+from sqlalchemy import Row, TextClause, text
 from sqlalchemy.orm import Session
 
 from domain.errors import (
@@ -85,11 +85,20 @@ class Asking:
     key_id: str | None
     cost: int  # the most tokens that it can take
     call: ClientCall | None = None
+    is_line: bool = False  # of a batch: it leaves half of each limit to requests that somebody waits for
 
     @property
     def num_requests(self) -> int:
         """A call that takes several jobs is one request: that of its first job."""
         return 1 if self.call is None or self.call.number == 0 else 0
+
+    def part_of(self, limit: int) -> int:
+        """How much of a limit it may use."""
+        return -(-limit // 2) if self.is_line else limit
+
+    def rest_of(self, limit: int) -> int:
+        """How much of it must be left."""
+        return limit - self.part_of(limit)
 
     @property
     def caller(self) -> tuple[int, str | None]:
@@ -149,12 +158,18 @@ class Meter:
                 return never_fits(call, name, needed, limit, what=of_what, whose=f" of {self.whose}")
         return None
 
-    def refusal_by_budget(self) -> TokenBudgetSpent | None:
-        row, now = self.row, self.row.read_at.astimezone(UTC)
-        today = now.date()
-        midnight = datetime(today.year, today.month, today.day, tzinfo=UTC)
+    @property
+    def num_used_tokens(self) -> tuple[int, int]:
+        """Of this day and of this month, in UTC."""
+        row, today = self.row, self.row.read_at.astimezone(UTC).date()
         on_day = row.tokens_on_day if row.day == today else 0
         in_month = row.tokens_in_month if (row.day.year, row.day.month) == (today.year, today.month) else 0
+        return on_day, in_month
+
+    def refusal_by_budget(self) -> TokenBudgetSpent | None:
+        row, now = self.row, self.row.read_at.astimezone(UTC)
+        midnight = datetime(now.year, now.month, now.day, tzinfo=UTC)
+        on_day, in_month = self.num_used_tokens
         if row.tokens_per_day is not None and on_day >= row.tokens_per_day:
             ends_at = midnight + timedelta(days=1)
             return TokensPerDayExceeded(
@@ -172,16 +187,17 @@ class Meter:
         return None
 
     def _refusal_by_rate(self, asking: Asking) -> CeleriacError | None:
-        if self.requests is not None and (seconds := self.requests.seconds_until(asking.num_requests)) > 0:
+        requests, tokens = self.requests, self.tokens
+        if requests is not None and (seconds := _seconds_until(requests, asking, asking.num_requests)) > 0:
             return RequestsPerMinuteExceeded(
-                f"{self.whose} may send {counted(self.requests.per_minute, 'request')} a minute, and has sent them; "
+                f"{self.whose} may send {counted(requests.per_minute, 'request')} a minute, and has sent them; "
                 f"retry in {_in_seconds(seconds)}, or have an administrator raise requests_per_minute",
                 retry_after_seconds=seconds,
             )
-        if self.tokens is not None and (seconds := self.tokens.seconds_until(asking.cost)) > 0:
+        if tokens is not None and (seconds := _seconds_until(tokens, asking, asking.cost)) > 0:
             return TokensPerMinuteExceeded(
                 f"this request may take {asking.cost} tokens (prompt and max_tokens), and {self.whose} has "
-                f"{max(0, int(self.tokens.level))} left of {self.tokens.per_minute} a minute; retry in "
+                f"{max(0, int(tokens.level))} left of {tokens.per_minute} a minute; retry in "
                 f"{_in_seconds(seconds)}, lower max_tokens, or have an administrator raise tokens_per_minute",
                 retry_after_seconds=seconds,
             )
@@ -189,20 +205,21 @@ class Meter:
 
     def _refusal_by_queue(self, asking: Asking) -> CeleriacError | None:
         row, seconds = self.row, drain_seconds(self.waited_seconds, self.num_queued)
-        if row.queued_jobs is not None and self.num_queued >= row.queued_jobs:
+        if row.queued_jobs is not None and self.num_queued >= asking.part_of(row.queued_jobs):
             return TooManyQueuedJobs(
                 f"{_jobs_are(self.num_queued, self.whose)} waiting, and queued_jobs is {row.queued_jobs}; retry when "
                 "some have started",
                 retry_after_seconds=seconds,
             )
-        if row.unfinished_jobs is not None and self.num_unfinished >= row.unfinished_jobs:
+        if row.unfinished_jobs is not None and self.num_unfinished >= asking.part_of(row.unfinished_jobs):
             return TooManyUnfinishedJobs(
                 f"{_jobs_are(self.num_unfinished, self.whose)} waiting or running, and unfinished_jobs is "
                 f"{row.unfinished_jobs}; retry when some have ended",
                 retry_after_seconds=seconds,
             )
         # One job is always let in, or a long one could never run.
-        is_over = row.queued_tokens is not None and self.queued_tokens + asking.cost > row.queued_tokens
+        num_tokens = self.queued_tokens + asking.cost
+        is_over = row.queued_tokens is not None and num_tokens > asking.part_of(row.queued_tokens)
         if is_over and self.num_queued:
             return TooManyQueuedTokens(
                 f"the jobs of {self.whose} that wait may take {self.queued_tokens} tokens, this one {asking.cost} "
@@ -221,6 +238,10 @@ class Meter:
         self.num_queued += times
         self.num_unfinished += times
         self.queued_tokens += times * asking.cost
+
+
+def _seconds_until(bucket: Bucket, asking: Asking, wanted: int) -> float:
+    return bucket.seconds_until(wanted + asking.rest_of(bucket.per_minute))
 
 
 def _jobs_are(number: int, whose: str) -> str:
@@ -243,16 +264,7 @@ class Admission:
     def begin(cls, session: Session, asking: Sequence[Asking]) -> "Admission":
         callers = {one.caller: one for one in asking}
         subjects = sorted({subject for one in callers.values() for subject in one.subjects})
-        rows = session.execute(LOCK, _columns_of(subjects)) if subjects else ()
-        meters = {(row.tenant_id, row.key_id): _meter_of(row) for row in rows}
-        counted = [subject for subject, meter in meters.items() if meter.is_counted]
-        parameters = _columns_of([(tenant, key) for tenant, key in counted if key != OF_TENANT])
-        parameters["whole_tenant_ids"] = [tenant for tenant, key in counted if key == OF_TENANT]
-        for row in session.execute(COUNT, parameters) if counted else ():
-            meter = meters[row.tenant_id, row.key_id]
-            meter.num_queued, meter.num_unfinished = row.num_queued, row.num_unfinished
-            meter.queued_tokens, meter.waited_seconds = row.queued_tokens, row.waited_seconds
-        return cls(meters)
+        return cls(_meters(session, LOCK, subjects))
 
     def meters_of(self, asking: Asking) -> list[Meter]:
         found = self._meters_by_caller.get(asking.caller)
@@ -302,6 +314,24 @@ class Admission:
             "nums_returned": [max(row.num_unused_tokens, row.num_returned_tokens) for row in rows],
         }
         session.execute(CHARGE, _columns_of([(row.tenant_id, row.key_id) for row in rows]) | parameters)
+
+
+def meters(session: Session, subjects: Sequence[Subject]) -> dict[Subject, Meter]:
+    """Of those of these tenants and keys that have limits. Locks nothing."""
+    return _meters(session, READ, subjects)
+
+
+def _meters(session: Session, reading: TextClause, subjects: Sequence[Subject]) -> dict[Subject, Meter]:
+    rows = session.execute(reading, _columns_of(subjects)) if subjects else ()
+    found = {(row.tenant_id, row.key_id): _meter_of(row) for row in rows}
+    counted = [subject for subject, meter in found.items() if meter.is_counted]
+    parameters = _columns_of([(tenant, key) for tenant, key in counted if key != OF_TENANT])
+    parameters["whole_tenant_ids"] = [tenant for tenant, key in counted if key == OF_TENANT]
+    for row in session.execute(COUNT, parameters) if counted else ():
+        meter = found[row.tenant_id, row.key_id]
+        meter.num_queued, meter.num_unfinished = row.num_queued, row.num_unfinished
+        meter.queued_tokens, meter.waited_seconds = row.queued_tokens, row.waited_seconds
+    return found
 
 
 def spent_budgets(session: Session, subjects: Sequence[Subject]) -> dict[Subject, tuple[datetime, TokenBudgetSpent]]:

@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session
 from domain.callbacks import CeleryCallback
 from domain.errors import CeleriacError
 from domain.eta import Eta
-from domain.jobs import Endpoint, JobStatus, Lane
+from domain.jobs import MIN_PRIORITY, Endpoint, JobStatus, Lane
 from domain.limits import ClientCall, LimitStanding
 from domain.requests import GenerationRequest, JobRequest
 from storage import full_queues
@@ -213,7 +213,7 @@ def _give_back(
 
 
 def _asking(job: NewJob) -> Asking:
-    return Asking(job.tenant_id, job.key_id, job.cost, job.call)
+    return Asking(job.tenant_id, job.key_id, job.cost, job.call, is_line=job.priority < MIN_PRIORITY)
 
 
 def _of_limits(outcome: Accepted, refusal: CeleriacError | None, standing: LimitStanding | None) -> Accepted:

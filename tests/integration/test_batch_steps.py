@@ -461,7 +461,7 @@ def test_lines_count_in_the_metrics_like_other_jobs(bench: Bench) -> None:
 
 def test_lines_become_jobs_as_the_limits_allow_and_wait_meanwhile(bench: Bench) -> None:
     with bench.sessions.begin() as session:
-        changes = TenantChanges(limits=Limits(unfinished_jobs=2))
+        changes = TenantChanges(limits=Limits(unfinished_jobs=4))  # of which lines leave half to requests
         administration.change_tenant(session, "default", changes, actor="test")
     work = bench.work()
     batch_id = bench.make_batch(b"".join(line(number) for number in range(5)))

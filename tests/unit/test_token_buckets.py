@@ -1,5 +1,6 @@
 """Token buckets, the words of the headers, and which refusal a limit makes."""
 
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
@@ -169,6 +170,33 @@ def test_the_only_job_may_be_longer_than_the_queue() -> None:
     assert meter_of(queued_tokens=50).refusal_of(ASKING) is None
     assert meter_of(queued_tokens=150, num_queued=1, queued_tokens_now=51).refusal_of(ASKING) is not None
     assert meter_of(queued_tokens=150, num_queued=1, queued_tokens_now=50).refusal_of(ASKING) is None
+
+
+LINE = replace(ASKING, is_line=True)
+
+
+@pytest.mark.parametrize(
+    ("fields", "used"),
+    [
+        ({"queued_jobs": 5}, {"num_queued": 3}),
+        ({"unfinished_jobs": 5}, {"num_queued": 3}),
+        ({"queued_tokens": 300}, {"num_queued": 1, "queued_tokens_now": 51}),
+    ],
+)
+def test_lines_of_batches_leave_half_of_a_queue_to_requests(fields: dict[str, Any], used: dict[str, Any]) -> None:
+    assert meter_of(**fields, **used).refusal_of(ASKING) is None
+    assert meter_of(**fields, **used).refusal_of(LINE) is not None
+    assert meter_of(**fields, **{name: number - 1 for name, number in used.items()}).refusal_of(LINE) is None
+
+
+@pytest.mark.parametrize(("level", "is_refused"), [(500, True), (599, True), (600, False), (1000, False)])
+def test_lines_of_batches_leave_half_of_a_bucket_to_requests(level: float, is_refused: bool) -> None:
+    meter = meter_of()
+    meter.tokens = Bucket(1000, level)
+    assert meter.refusal_of(ASKING) is None
+    assert (meter.refusal_of(LINE) is not None) is is_refused
+    long = replace(LINE, cost=700)
+    assert (meter.refusal_of(long) is not None) is (level < 1000), "a long one needs a full bucket"
 
 
 def test_a_client_is_never_told_to_come_back_too_early_nor_to_repeat_what_is_spent() -> None:
