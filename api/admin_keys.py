@@ -25,12 +25,14 @@ from dialects.administration import (
     TenantChangesBody,
     api_key_view,
     audit_entry_view,
+    left_view,
     tenant_admin_view,
 )
 from dialects.bodies import parse_model
 from dialects.openai_views import DeletedView, page
 from storage import administration, limits
 from storage.administration import NewKey
+from storage.limits_left import left_to_key, left_to_tenant
 from storage.tables import ApiKey, Tenant
 
 router = private_router("Operations")
@@ -116,8 +118,8 @@ async def change_key(key_id: str, request: Request) -> Response:
     openapi_extra=request_body(KeyRotationBody, is_required=False),
 )
 async def rotate_key(key_id: str, request: Request) -> Response:
-    """Create a key to take this one's place, with its name, scopes, expiry and limits. Only this answer contains it.
-    The old one stops working at once, unless the body keeps it for a while."""
+    """Create a key to take this one's place, with its name, scopes and limits, and its expiry unless the body has
+    another. Only this answer contains it. The old one stops working at once, unless the body keeps it for a while."""
     raw = await read_body(request)
     if raw:
         require_json(request)
@@ -156,7 +158,9 @@ def _create_tenant(session: Session, body: TenantBody, actor: str) -> TenantAdmi
 
 
 def _read_tenant(session: Session, name: str) -> TenantAdminView:
-    return _tenant_view(session, administration.find_tenant(session, name))
+    tenant = administration.find_tenant(session, name)
+    own, left = left_to_tenant(session, tenant)
+    return {**tenant_admin_view(tenant, own), "left": left_view(left)}
 
 
 def _change_tenant(session: Session, name: str, body: TenantChangesBody, actor: str) -> TenantAdminView:
@@ -179,12 +183,11 @@ def _list_keys(session: Session, query: KeysQuery) -> list[ApiKeyView]:
 
 
 def _create_key(session: Session, body: KeyBody, actor: str) -> ApiKeyView:
-    seconds = body.expires_in_seconds
     new = administration.create_key(
         session,
         administration.find_tenant(session, body.tenant),
         name=body.name,
-        expires_at=None if seconds is None else datetime.now(UTC) + timedelta(seconds=seconds),
+        expires_at=_after(body.expires_in_seconds),
         scopes=body.scopes,
         max_priority=body.max_priority,
         key_limits=body.limits,
@@ -194,7 +197,9 @@ def _create_key(session: Session, body: KeyBody, actor: str) -> ApiKeyView:
 
 
 def _read_key(session: Session, key_id: str) -> ApiKeyView:
-    return _key_view(session, administration.find_key(session, key_id))
+    key = administration.find_key(session, key_id)
+    _, left = left_to_key(session, key.tenant_id, key.id)
+    return {**_key_view(session, key), "left": left_view(left)}
 
 
 def _change_key(session: Session, key_id: str, body: KeyChangesBody, actor: str) -> ApiKeyView:
@@ -202,9 +207,13 @@ def _change_key(session: Session, key_id: str, body: KeyChangesBody, actor: str)
 
 
 def _rotate_key(session: Session, key_id: str, body: KeyRotationBody, actor: str) -> ApiKeyView:
-    seconds = body.keep_old_seconds
-    until = datetime.now(UTC) + timedelta(seconds=seconds) if seconds else None
-    return _new_key_view(session, administration.rotate_key(session, key_id, keep_old_until=until, actor=actor))
+    until, ends = _after(body.keep_old_seconds), _after(body.expires_in_seconds)
+    new = administration.rotate_key(session, key_id, keep_old_until=until, expires_at=ends, actor=actor)
+    return _new_key_view(session, new)
+
+
+def _after(seconds: int | None) -> datetime | None:
+    return datetime.now(UTC) + timedelta(seconds=seconds) if seconds else None
 
 
 def _new_key_view(session: Session, new: NewKey) -> ApiKeyView:

@@ -87,6 +87,7 @@ def user_here() -> str:
     return f"{user}@{socket.gethostname()}"
 
 
-def in_words(limits: Mapping[str, int | None]) -> str:
-    """The limits that are set, for a table."""
-    return ", ".join(f"{name} {value}" for name, value in limits.items() if value is not None)
+def in_words(limits: Mapping[str, int | None], left: Mapping[str, int | None] | None = None) -> str:
+    """The limits that are set, and what is left of them if that is known."""
+    rests = {name: f" ({number} left)" for name, number in (left or {}).items() if number is not None}
+    return ", ".join(f"{name} {value}{rests.get(name, '')}" for name, value in limits.items() if value is not None)

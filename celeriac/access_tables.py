@@ -38,7 +38,7 @@ def tenants_table(tenants: Iterable[Mapping[str, Any]]) -> Table:
     table = _table("tenant", "state", "weight", "max priority", "created", "limits")
     for tenant in tenants:
         state, weight = "enabled" if tenant["enabled"] else "disabled", f"{tenant['weight']:g}"
-        limits, created = in_words(tenant["limits"]), tenant["created_at"][:10]
+        limits, created = in_words(tenant["limits"], tenant.get("left")), tenant["created_at"][:10]
         table.add_row(escape(tenant["name"]), state, weight, str(tenant["max_priority"]), created, limits)
     return table
 

@@ -115,18 +115,22 @@ def list_keys(tenant: str, is_of_all: bool, as_json: bool) -> None:
 @click.argument("key_id")
 @json_option
 def show_key(key_id: str, as_json: bool) -> None:
-    """Show a key with its scopes and limits."""
+    """Show a key with its scopes and limits, and what is left of these."""
     from local.lock import settings_here
     from storage import administration
+    from storage.limits_left import left_to_key
 
     with transaction(settings_here()) as session:
-        view = _view(session, administration.find_key(session, key_id))
+        key = administration.find_key(session, key_id)
+        _, left = left_to_key(session, key.tenant_id, key.id)
+        view = _view(session, key) | {"left": left}
     if as_json:
         print_json(view)
         return
-    for name, value in view.items():
-        text = in_words(value) or "none" if isinstance(value, dict) else value
-        click.echo(f"{name:12} {', '.join(value) if isinstance(value, list) else text}")
+    del view["left"]
+    texts = view | {"scopes": ", ".join(view["scopes"]), "limits": in_words(view["limits"], left) or None}
+    for name, text in texts.items():
+        click.echo(f"{name:12} {'none' if text is None else text}")
 
 
 @keys.command("limit")
@@ -167,21 +171,24 @@ def enable_key(key_id: str, as_json: bool) -> None:
 @keys.command("rotate")
 @click.argument("key_id")
 @click.option("--keep-old-minutes", type=click.IntRange(1, 10_080), help="Keep the old one valid for so long.")
+@click.option("--days", type=click.IntRange(1, 3650), help="Days until the new one expires.  [default: as the old one]")
 @json_option
-def rotate_key(key_id: str, keep_old_minutes: int | None, as_json: bool) -> None:
+def rotate_key(key_id: str, keep_old_minutes: int | None, days: int | None, as_json: bool) -> None:
     """Print a new key that takes this one's place.
 
-    It has the same name, scopes, expiry and limits. The old one stops working at once, unless --keep-old-minutes is
-    given.
+    It has the same name, scopes and limits, and the same expiry unless --days is given. The old one stops working at
+    once, unless --keep-old-minutes is given.
     """
     from datetime import UTC, datetime, timedelta
 
     from local.lock import settings_here
     from storage import administration
 
-    until = datetime.now(UTC) + timedelta(minutes=keep_old_minutes) if keep_old_minutes else None
+    now = datetime.now(UTC)
+    until = now + timedelta(minutes=keep_old_minutes) if keep_old_minutes else None
+    ends = now + timedelta(days=days) if days else None
     with transaction(settings_here()) as session:
-        new = administration.rotate_key(session, key_id, keep_old_until=until, actor=user_here())
+        new = administration.rotate_key(session, key_id, keep_old_until=until, expires_at=ends, actor=user_here())
         print_json(_view(session, new.row) | {"key": new.text}) if as_json else click.echo(new.text)
 
 

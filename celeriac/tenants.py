@@ -76,14 +76,17 @@ def list_tenants(as_json: bool) -> None:
 @click.argument("name")
 @json_option
 def show_tenant(name: str, as_json: bool) -> None:
-    """Show the tenant NAME."""
+    """Show the tenant NAME with its limits, and what is left of these."""
     from celeriac.access_tables import tenants_table
     from celeriac.tables import show
     from local.lock import settings_here
     from storage import administration
+    from storage.limits_left import left_to_tenant
 
     with transaction(settings_here()) as session:
-        view = _view(session, administration.find_tenant(session, name))
+        tenant = administration.find_tenant(session, name)
+        _, left = left_to_tenant(session, tenant)
+        view = _view(session, tenant) | {"left": left}
     print_json(view) if as_json else show(tenants_table([view]))
 
 

@@ -60,6 +60,7 @@ def write_csv(usage: dict[str, Any], groups: list[str]) -> None:
 @click.option("--by", default="model", show_default=True, help="Any of day, tenant, key, model, with commas.")
 @click.option("--start", metavar="DATE", help="From then on, such as 2026-10-20.  [default: 30 days ago]")
 @click.option("--end", metavar="DATE", help="Until then, exclusively.  [default: now]")
+@click.option("--tenant", help="Only this tenant.")
 @click.option("--model", help="Only this model.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV.")
 @connection_options
@@ -68,6 +69,7 @@ def usage(
     by: str,
     start: str | None,
     end: str | None,
+    tenant: str | None,
     model: str | None,
     as_csv: bool,
     url: str | None,
@@ -85,7 +87,7 @@ def usage(
 
     groups = [name for name in GROUPS if name in {one.strip() for one in by.split(",")}]
     with open_client(url, key) as client:
-        found = client.usage(group_by=by, start=start, end=end, model=model)
+        found = client.usage(group_by=by, start=start, end=end, tenant=tenant, model=model)
     if as_json:
         print_json(found)
     elif as_csv:

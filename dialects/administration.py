@@ -10,6 +10,7 @@ from dialects.openai_views import PageView, Timestamp, View, optional_timestamp,
 from domain.access import MAX_RETENTION_SECONDS, MIN_RETENTION_SECONDS, NO_LIMITS, OWN_SCOPES, Limits, Scope
 from domain.jobs import FirstErrorModel, external_id
 from storage.administration import MAX_WEIGHT, MIN_WEIGHT, KeyChanges, TenantChanges
+from storage.limits_left import Left
 from storage.tables import ApiKey, AuditEntry, Tenant
 
 MAX_KEPT_SECONDS = 7 * 86_400  # for which a rotated key may stay valid
@@ -59,12 +60,6 @@ class TenantBody(TenantChangesBody):
     name: TenantName
 
 
-class OwnKeyView(View):
-    object: Literal["api_key"]
-    id: Annotated[str | None, Field(description="null: no key is required here.")]
-    scopes: list[Scope]
-
-
 class KeyBody(AdminBody):
     """POST /v1/admin/keys."""
 
@@ -91,6 +86,9 @@ class KeyRotationBody(AdminBody):
     """POST /v1/admin/keys/{key_id}/rotate."""
 
     keep_old_seconds: int = Field(default=0, ge=0, le=MAX_KEPT_SECONDS, description="How long the old one stays valid.")
+    expires_in_seconds: int | None = Field(
+        default=None, ge=1, le=MAX_VALID_SECONDS, description="When the new one expires. Default: as the old one."
+    )
 
 
 def _whole(limits: Limits | None) -> Limits:
@@ -109,6 +107,22 @@ class LimitsView(View):
     tokens_per_month: int | None
 
 
+class LeftView(View):
+    """What is left of each limit now; null where there is none."""
+
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    queued_jobs: int | None
+    unfinished_jobs: int | None
+    queued_tokens: int | None
+    streams: Annotated[None, Field(description="Each API process counts its own.")]
+    tokens_per_day: int | None
+    tokens_per_month: int | None
+
+
+LEFT = Field(description="What is left of its limits. Not in lists, nor where it was just changed.")
+
+
 class TenantAdminView(View):
     id: str
     object: Literal["tenant"]
@@ -118,6 +132,7 @@ class TenantAdminView(View):
     max_priority: int
     retention_seconds: int
     limits: LimitsView
+    left: NotRequired[Annotated[LeftView, LEFT]]
     created_at: Timestamp
 
 
@@ -134,10 +149,28 @@ class ApiKeyView(View):
     status: Literal["valid", "disabled", "expired"]
     max_priority: int
     limits: LimitsView
+    left: NotRequired[Annotated[LeftView, LEFT]]
     created_at: Timestamp
     expires_at: Timestamp | None
     disabled_at: Timestamp | None
     key: NotRequired[Annotated[str, Field(description="The key itself, only in the answer that creates it.")]]
+
+
+class OwnKeyView(View):
+    object: Literal["api_key"]
+    id: Annotated[str | None, Field(description="null: no key is required here.")]
+    scopes: list[Scope]
+
+
+class StandingView(View):
+    limits: LimitsView
+    left: LeftView
+
+
+class OwnLimitsView(View):
+    object: Literal["limits"]
+    key: Annotated[StandingView | None, Field(description="null: no key is required here.")]
+    tenant: StandingView
 
 
 class ApiKeyListView(PageView):
@@ -206,6 +239,20 @@ def audit_entry_view(entry: AuditEntry) -> AuditEntryView:
         "key_id": entry.key_id,
         "changes": entry.changes,
     }
+
+
+def own_limits_view(of_key: tuple[Limits, Left] | None, of_tenant: tuple[Limits, Left]) -> OwnLimitsView:
+    key = None if of_key is None else _standing_view(*of_key)
+    return {"object": "limits", "key": key, "tenant": _standing_view(*of_tenant)}
+
+
+def _standing_view(limits: Limits, left: Left) -> StandingView:
+    return {"limits": _limits_view(limits), "left": left_view(left)}
+
+
+def left_view(left: Left) -> LeftView:
+    view: LeftView = left  # type: ignore[assignment]
+    return view
 
 
 def _limits_view(limits: Limits) -> LimitsView:

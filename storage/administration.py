@@ -167,8 +167,8 @@ def delete_tenant(session: Session, name: str, *, actor: str) -> None:
         )
     if session.scalar(select(Job.id).where(Job.tenant_id == tenant.id).limit(1)) is not None:
         raise InvalidRequest(
-            f"{name} still has jobs; disable it (celeriac tenants disable {name}), and delete it once they have been "
-            "deleted or have outlived their result_ttl_seconds"
+            f"{name} still has jobs; disable it (celeriac tenants disable {name}), let those that have ended go "
+            f"(celeriac tenants limit {name} --retention-seconds 60), and delete it a minute or two after its last job"
         )
     tenant_id = tenant.id
     session.delete(tenant)
@@ -236,14 +236,23 @@ def change_key(session: Session, key_id: str, changes: KeyChanges, *, actor: str
     return row
 
 
-def rotate_key(session: Session, key_id: str, *, keep_old_until: datetime | None, actor: str) -> NewKey:
-    """Make a key to take this one's place, with all that it may do, its expiry and its limits. The old one is disabled
-    at once, or expires at `keep_old_until`. Raises NotFound, or InvalidRequest if it is not valid any more."""
+def rotate_key(
+    session: Session,
+    key_id: str,
+    *,
+    keep_old_until: datetime | None,
+    expires_at: datetime | None = None,
+    actor: str,
+) -> NewKey:
+    """Make a key to take this one's place, with all that it may do and its limits. It expires at `expires_at`, or when
+    the old one would have. The old one is disabled at once, or expires at `keep_old_until`. Raises NotFound, or
+    InvalidRequest if it is not valid any more."""
     old = find_key(session, key_id, is_locked=True)
     now = session.scalars(select(func.statement_timestamp())).one()
     if old.revoked_at is not None or (old.expires_at is not None and old.expires_at <= now):
         raise InvalidRequest(f"the key {key_id} is disabled or has expired, so nothing can take its place; create one")
-    text = tenants.create_key(session, old.tenant_id, name=old.name, expires_at=old.expires_at, scopes=old.all_scopes)
+    until = expires_at or old.expires_at
+    text = tenants.create_key(session, old.tenant_id, name=old.name, expires_at=until, scopes=old.all_scopes)
     new = find_key(session, text.split("_")[1])
     new.max_priority = old.max_priority
     limits.copy_limits(session, old.tenant_id, key_id, to_key_id=new.id)
@@ -253,7 +262,9 @@ def rotate_key(session: Session, key_id: str, *, keep_old_until: datetime | None
         old.expires_at = min(keep_old_until, old.expires_at or keep_old_until)
     session.flush()
     kept = keep_old_until and keep_old_until.isoformat(timespec="seconds")
-    _note(session, actor, "key.rotate", _name_of(session, old), key_id, _given(new_key_id=new.id, kept_until=kept))
+    ends = expires_at and expires_at.isoformat(timespec="seconds")
+    changes = _given(new_key_id=new.id, kept_until=kept, expires_at=ends)
+    _note(session, actor, "key.rotate", _name_of(session, old), key_id, changes)
     return NewKey(new, text)
 
 

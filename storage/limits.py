@@ -7,7 +7,7 @@ limits, whose keys have none, has neither. A tenant's `queued_jobs` is not here 
 """
 
 from collections.abc import Mapping, Sequence
-from datetime import date, datetime
+from datetime import UTC, date, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -17,9 +17,13 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from domain.access import LIMIT_NAMES, NO_LIMITS, Limits
 from domain.limits import Bucket, CallerLimits, LastStanding, LimitStanding
+from storage import usage
 from storage.tables import Row, Tenant
+from storage.usage import UsageQuery
 
 OF_TENANT = ""  # in the place of a key's id
+
+LATER = timedelta(hours=1)  # nothing has ended by then
 
 
 class LimitSet(Row):
@@ -48,7 +52,8 @@ class LimitSet(Row):
 
 
 class LimitUse(Row):
-    """What the jobs of a tenant or key have taken since it has limits. Days and months are those of UTC."""
+    """What the jobs of a tenant or key have taken on its newest day and in that month, in UTC, and what they have given
+    back since it has limits."""
 
     __tablename__ = "limit_usage"
     __table_args__ = (
@@ -132,12 +137,30 @@ def _change(session: Session, tenant_id: UUID, key_id: str, values: Mapping[str,
         return
     own = (LimitSet.tenant_id == tenant_id, LimitSet.key_id == key_id)
     if any(value is not None for value in values.values()):
-        session.execute(insert(LimitSet).values(tenant_id=tenant_id, key_id=key_id).on_conflict_do_nothing())
-        session.execute(insert(LimitUse).values(tenant_id=tenant_id, key_id=key_id).on_conflict_do_nothing())
+        is_new = insert(LimitSet).values(tenant_id=tenant_id, key_id=key_id).on_conflict_do_nothing()
+        if session.scalar(is_new.returning(LimitSet.key_id)) is not None:
+            _begin_to_count(session, tenant_id, key_id)
     session.execute(update(LimitSet).where(*own).values(**values))
     if key_id == OF_TENANT and values.get("queued_tokens") is not None:
         _count_queued_tokens_of(session, tenant_id)
     session.execute(delete(LimitSet).where(*own, *(getattr(LimitSet, name).is_(None) for name in LIMIT_NAMES)))
+
+
+def _begin_to_count(session: Session, tenant_id: UUID, key_id: str) -> None:
+    """A budget is of the whole day or month, also of what was used before there was one: that is in the ledger. What
+    ends while this is committed may be missing."""
+    now = session.scalars(select(func.statement_timestamp())).one().astimezone(UTC)
+    midnight = datetime(now.year, now.month, now.day, tzinfo=UTC)
+    keys = [] if key_id == OF_TENANT else [key_id]
+    on_day, in_month = (
+        sum(
+            total.num_prompt_tokens + total.num_output_tokens
+            for total in usage.totals(session, UsageQuery(since, now + LATER, tenant_id=tenant_id, key_ids=keys))
+        )
+        for since in (midnight, midnight.replace(day=1))
+    )
+    used = {"day": midnight.date(), "tokens_on_day": on_day, "tokens_in_month": in_month}
+    session.execute(insert(LimitUse).values(tenant_id=tenant_id, key_id=key_id, **used))
 
 
 # Whoever counts has the turn until its commit, or the same difference would be added twice.

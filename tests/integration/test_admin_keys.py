@@ -127,6 +127,7 @@ def test_a_key_is_made_disabled_rotated_and_deleted(
     assert (made["max_priority"], make_key(admin)["max_priority"]) == (3, 10)
     assert made["key"].startswith(f"sk_{made['id']}_")
     shown = admin.get(f"/v1/admin/keys/{made['id']}").json()
+    assert shown.pop("left")["requests_per_minute"] == 5
     assert shown == {name: value for name, value in made.items() if name != "key"}
     with api.client(made["key"]) as client:
         for is_enabled, status in ((False, 401), (True, 200)):
@@ -135,7 +136,9 @@ def test_a_key_is_made_disabled_rotated_and_deleted(
         new = admin.post(f"/v1/admin/keys/{made['id']}/rotate").json()
         assert {**new, "id": "", "key": "", "created_at": ""} == {**made, "id": "", "key": "", "created_at": ""}
         assert client.get("/v1/jobs").status_code == 401
-    kept = admin.post(f"/v1/admin/keys/{new['id']}/rotate", json={"keep_old_seconds": 600}).json()
+    asked = {"keep_old_seconds": 600, "expires_in_seconds": 7200}
+    kept = admin.post(f"/v1/admin/keys/{new['id']}/rotate", json=asked).json()
+    assert kept["expires_at"] > new["expires_at"]
     for key in (new["key"], kept["key"]):
         with api.client(key) as client:
             assert client.get("/v1/jobs").status_code == 200
@@ -288,7 +291,10 @@ def test_the_commands_do_what_the_routes_do(run: Callable[..., Any]) -> None:
     assert "disabled" in run("keys", "list", "--all").output
     assert "tokens_per_day" not in run("tenants", "show", "lab").output
     assert run("keys", "enable", made["id"]).exit_code == 0
-    new = run("keys", "rotate", made["id"], "--keep-old-minutes", "5").output.strip()
+    shown = run("keys", "show", made["id"]).output
+    assert ("expires_at   none" in shown, "streams 3" in shown) == (True, True)
+    new = run("keys", "rotate", made["id"], "--keep-old-minutes", "5", "--days", "30").output.strip()
+    assert json.loads(run("keys", "show", new.split("_")[1], "--json").output)["expires_at"] is not None
     assert run("keys", "delete", new.split("_")[1]).exit_code == 0
     for word in ("disable", "enable", "delete"):
         assert run("tenants", word, "lab").exit_code == 0

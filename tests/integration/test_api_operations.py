@@ -188,6 +188,7 @@ def test_the_published_schema_knows_every_route(http: httpx.Client) -> None:
         "/v1/jobs/{job_id}/stream",
         "/v1/jobs/{job_id}/stream_token",
         "/v1/key",
+        "/v1/limits",
         "/v1/messages",
         "/v1/messages/batches",
         "/v1/messages/batches/{message_batch_id}",

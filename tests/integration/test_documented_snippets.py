@@ -78,6 +78,7 @@ ELSEWHERE = {
     ("job_lifecycle.md", "stateDiagram"): "a drawing",
     ("kubernetes.md", "- source_labels"): "a part of a Prometheus that is the reader's",
     ("limits.md", "HTTP/1.1 429"): "an answer; tests/integration/test_limits.py",
+    ("limits.md", '{"object": "limits"'): "an answer; tests/integration/test_limits.py",
     ("metrics.md", "triggers:"): "a part of a KEDA that is the reader's",
     ("operations.md", "location /celeriac/"): "needs nginx; python -m tests.chaos.rolling_upgrade --front nginx",
     ("operations.md", "example.com {"): "needs Caddy; python -m tests.chaos.rolling_upgrade --front caddy",

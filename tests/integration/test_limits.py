@@ -2,19 +2,21 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import httpx
 import pytest
-from sqlalchemy import text, update
+from sqlalchemy import func, text, update
 from sqlalchemy.orm import Session, sessionmaker
 
-from domain.access import Limits
+from domain.access import LIMIT_NAMES, Limits, Scope
 from local.servers import EmbeddedRedis
 from settings import Settings
 from storage import administration, job_accept, limits, tenants
 from storage.administration import KeyChanges, TenantChanges
 from storage.job_accept import AcceptOutcome, NewJob
+from storage.limits import LimitSet, LimitUse
 from storage.tables import Tenant, TenantLoad
 from tests.integration.api_harness import ApiServer, HandWorker, body, open_events, post_job
 from tests.storage_samples import new_job
@@ -34,11 +36,15 @@ class Caller:
     """A client with a key of a tenant of its own."""
 
     def __init__(self, sessions: sessionmaker[Session], api: ApiServer, tenant: Tenant) -> None:
-        self._sessions, self._tenant, self.tenant_id = sessions, tenant, tenant.id
+        self._sessions, self._api, self._tenant, self.tenant_id = sessions, api, tenant, tenant.id
         with sessions.begin() as session:
             self.key = tenants.create_key(session, tenant.id)
         self.key_id = self.key.split("_")[1]
         self.client = api.client(self.key)
+
+    def another(self) -> "Caller":
+        """With a key of its own."""
+        return Caller(self._sessions, self._api, self._tenant)
 
     def limit_key(self, **given: int | None) -> None:
         with self._sessions.begin() as session:
@@ -274,6 +280,52 @@ def test_a_budget_counts_what_was_used_and_lasts_until_the_next_day(
     post_job(caller.client)
     caller.limit_tenant(tokens_per_month=14)
     refused(caller.client, "tokens_per_month_exceeded")
+
+
+def test_a_budget_counts_what_was_used_before_it_was_set(
+    make_caller: Callable[[], Caller], hand_worker: HandWorker
+) -> None:
+    caller = make_caller()
+    hand_worker.run(post_job(caller.client)["id"], "abc")  # 5 and 3
+    with caller.another().client as other:
+        hand_worker.run(post_job(other)["id"], "a")
+    caller.limit_key(tokens_per_day=9)
+    caller.limit_tenant(tokens_per_month=15)
+    assert caller.usage() == (8, 14)
+    hand_worker.run(post_job(caller.client)["id"], "abc")
+    assert caller.usage() == (16, 22)
+    caller.limit_key(tokens_per_day=None)
+    caller.limit_key(tokens_per_day=16)
+    refused(caller.client, "tokens_per_day_exceeded")
+
+
+def test_a_key_is_told_what_is_left_of_its_limits(
+    make_caller: Callable[[], Caller], api: ApiServer, session_factory: sessionmaker[Session], hand_worker: HandWorker
+) -> None:
+    caller = make_caller()
+    none = dict.fromkeys(LIMIT_NAMES)
+    nothing = {"limits": none, "left": none}
+    assert caller.client.get("/v1/limits").json() == {"object": "limits", "key": nothing, "tenant": nothing}
+    given = {"requests_per_minute": 10, "unfinished_jobs": 5, "queued_tokens": 100, "tokens_per_day": 7, "streams": 3}
+    caller.limit_key(**given)
+    caller.limit_tenant(queued_jobs=4, tokens_per_month=9)
+    first, _ = (post_job(caller.client, params={"max_tokens": 16})["id"] for _ in range(2))
+    hand_worker.run(first, "abc")  # 5 and 3
+    with session_factory.begin() as session:
+        admin = tenants.create_key(session, caller.tenant_id, scopes=[Scope.ADMIN])
+        name = session.get_one(Tenant, caller.tenant_id).name
+        session.execute(update(LimitSet).values(refilled_at=func.now() + timedelta(hours=1)))  # nothing is added
+    told = caller.client.get("/v1/limits").json()
+    assert told["key"]["limits"] == none | given
+    left = {"requests_per_minute": 8, "unfinished_jobs": 4, "queued_tokens": 79, "tokens_per_day": 0}
+    assert told["key"]["left"] == none | left
+    assert told["tenant"]["left"] == none | {"queued_jobs": 3, "tokens_per_month": 1}
+    with api.client(admin) as client:
+        assert client.get(f"/v1/admin/keys/{caller.key_id}").json()["left"] == told["key"]["left"]
+        assert client.get(f"/v1/admin/tenants/{name}").json()["left"] == told["tenant"]["left"]
+    with session_factory.begin() as session:
+        session.execute(update(LimitUse).values(day=LimitUse.day - 40))
+    assert caller.client.get("/v1/limits").json()["tenant"]["left"]["tokens_per_month"] == 9, "another month"
 
 
 def test_a_job_that_exists_is_found_again_whatever_the_limits(make_caller: Callable[[], Caller]) -> None:
