@@ -8,11 +8,12 @@ first statement of each transaction, by psycopg's pipeline mode, and end with it
 Statements are not prepared there: poolers lose their names, or must be told to keep them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Self, cast
 
-from psycopg import AsyncCursor, Cursor
+from psycopg import AsyncConnection, AsyncCursor, AsyncPipeline, Connection, Cursor, Pipeline
 from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Engine, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -34,6 +35,45 @@ def _placed(value: str | Callable[[], str]) -> str:
     return "%s" if callable(value) else f"'{value}'"
 
 
+class UnflushedPipeline(Pipeline):
+    """Ends with a Sync alone. psycopg sends a Flush after it if answers are still on their way. A pooler that has seen
+    the end of the transaction by then lends a session for the Flush, and never gets it back: a Flush has no answer."""
+
+    def _exit_gen(self) -> Any:
+        try:
+            self._enqueue_sync()
+            yield from self._communicate_gen()
+        finally:
+            yield from self._fetch_gen(flush=False)
+
+
+class UnflushedAsyncPipeline(AsyncPipeline):
+    """The same for asynchronous connections."""
+
+    _exit_gen = UnflushedPipeline._exit_gen
+
+
+@contextmanager
+def _one_trip(connection: Connection[Any]) -> Iterator[None]:
+    """`connection.pipeline()`, with ours."""
+    pipeline = connection._pipeline = UnflushedPipeline(connection)
+    try:
+        with pipeline:
+            yield
+    finally:
+        connection._pipeline = None
+
+
+@asynccontextmanager
+async def _one_async_trip(connection: AsyncConnection[Any]) -> AsyncIterator[None]:
+    pipeline = connection._pipeline = UnflushedAsyncPipeline(connection)
+    try:
+        async with pipeline:
+            yield
+    finally:
+        connection._pipeline = None
+
+
 class CarryingCursor(Cursor[Any]):
     """Begins each transaction with `carried`, in the round trip of its first statement."""
 
@@ -44,7 +84,7 @@ class CarryingCursor(Cursor[Any]):
     def execute(self, query: Any, params: Any = None, **options: Any) -> Self:
         if self._is_begun():
             return super().execute(query, params, **options)
-        with self.connection.pipeline():  # one transaction, even where each statement commits
+        with _one_trip(self.connection):  # one transaction, even where each statement commits
             self._carry()
             super().execute(query, params, **options)
         return self
@@ -52,7 +92,7 @@ class CarryingCursor(Cursor[Any]):
     def executemany(self, query: Any, params_seq: Any, **options: Any) -> None:
         if self._is_begun():
             return super().executemany(query, params_seq, **options)
-        with self.connection.pipeline():
+        with _one_trip(self.connection):
             self._carry()
             super().executemany(query, params_seq, **options)
 
@@ -74,7 +114,7 @@ class AsyncCarryingCursor(AsyncCursor[Any]):
     async def execute(self, query: Any, params: Any = None, **options: Any) -> Self:
         if self._is_begun():
             return await super().execute(query, params, **options)
-        async with self.connection.pipeline():
+        async with _one_async_trip(self.connection):
             await self._carry()
             await super().execute(query, params, **options)
         return self
@@ -82,7 +122,7 @@ class AsyncCarryingCursor(AsyncCursor[Any]):
     async def executemany(self, query: Any, params_seq: Any, **options: Any) -> None:
         if self._is_begun():
             return await super().executemany(query, params_seq, **options)
-        async with self.connection.pipeline():
+        async with _one_async_trip(self.connection):
             await self._carry()
             await super().executemany(query, params_seq, **options)
 

@@ -33,6 +33,7 @@ class Pooler:
             f"[databases]\n{url.database} = host={url.query['host']} user={url.username}\n[pgbouncer]\n"
             f"listen_addr = 127.0.0.1\nlisten_port = {self.port}\nunix_socket_dir =\nauth_type = any\n"
             f"pool_mode = {mode}\ndefault_pool_size = {num_servers}\n"
+            "query_wait_timeout = 30\n"
         )
         self.bare_url = f"postgresql://{url.username}@127.0.0.1:{self.port}/{url.database}"
         self.url = f"{self.bare_url}?pool_mode=transaction" if mode == "transaction" else self.bare_url

@@ -149,6 +149,23 @@ def test_nothing_that_we_set_or_prepare_stays_in_a_shared_session(one_session: P
     database.dispose()
 
 
+@pytest.mark.anyio
+async def test_nothing_is_sent_after_what_ends_a_transaction(database_url: str, tmp_path: Path) -> None:
+    """A pooler would lend a session for it that it never gets back."""
+    database = wall_off(open_statement_database(f"{database_url}&pool_mode=transaction"))
+    async with database.connect() as connection:
+        raw = await connection.get_raw_connection()
+        pgconn = raw.driver_connection.pgconn  # type: ignore[union-attr]
+        with (tmp_path / "trace").open("w") as trace:
+            pgconn.trace(trace.fileno())
+            await connection.execute(text("SELECT pg_sleep(0.1)"))
+            pgconn.untrace()
+    sent = [line.split("\t")[3] for line in (tmp_path / "trace").read_text().splitlines() if "\tF\t" in line]
+    assert sent.count("Sync") == 1
+    assert sent[-1] == "Sync"
+    await database.dispose()
+
+
 @needs_pgbouncer
 @pytest.mark.parametrize("open_pool", [open_statement_database, open_async_database])
 @pytest.mark.parametrize("mode", ["session", "transaction"])
