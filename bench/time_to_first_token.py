@@ -202,7 +202,7 @@ def bench(spec: ModelSpec, folder: Path, given: argparse.Namespace) -> dict[str,
     print(f"\n{spec.id}, {given.jobs} jobs one at a time, by {given.route}")
     alone = engine_alone(spec, given.jobs)
     alone.show()
-    roots = {"through the system": ROOT} | ({"through the other one": given.against} if given.against else {})
+    roots = {"through the system": ROOT} | ({"through the other one": given.against.resolve()} if given.against else {})
     with ExitStack() as running:
         ports = {
             name: running.enter_context(stack(root, spec.id, folder / "models.toml", folder / f"{spec.id}-{number}"))
