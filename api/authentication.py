@@ -19,6 +19,7 @@ from domain.access import Scope, opened_by
 from domain.errors import AuthenticationFailed, StorageUnavailable
 from domain.jobs import parse_id
 from domain.limits import CallerLimits
+from domain.shares import NO_TENANT
 from domain.stream_tokens import StreamToken
 from storage import limits, tenants
 from storage.database import POOL_TIMEOUT_SECONDS, repeatable, within
@@ -102,6 +103,14 @@ class Authenticator:
         if identity is None:
             raise AuthenticationFailed("this API key is not valid; check it, or ask for a new one")
         return identity
+
+    def known_tenant(self, authorization: str | None) -> UUID:
+        """Whose key it was when it was last looked up; NO_TENANT if it is not remembered."""
+        if self._is_open:
+            return DEFAULT_TENANT_ID
+        key = (authorization or "").partition(" ")[2].strip()
+        identity, _ = self._remembered.get(hashlib.sha256(key.encode()).digest(), (None, 0.0))
+        return NO_TENANT if identity is None else identity.tenant_id
 
     async def _look_up_once(self, digest: bytes, key: str) -> Identity | None:
         """All requests with this key that come meanwhile share one look-up."""

@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Response
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import Field
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
@@ -23,7 +23,6 @@ from api.services import Services, private_router, services_of
 from dialects.openai_views import View
 from domain.errors import NotOffered
 from domain.jobs import WaitingFor
-from metrics import Process, registries
 from storage.maintenance import RecentJobs, Spread
 
 CHECK_SECONDS = 2.0  # how long the database may take to answer
@@ -193,7 +192,7 @@ async def metrics(request: Request) -> Response:
             f"port {ports.shared} is shared by {len(ports.own)} processes, each of which counts for itself; scrape "
             f"each of them on its own port: {', '.join(map(str, ports.own))}"
         )
-    return Response(generate_latest(registries[Process.API]), media_type=CONTENT_TYPE_LATEST)
+    return Response(await services_of(request).exposition.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def _finding_view(finding: Finding) -> FindingView:

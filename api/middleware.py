@@ -19,6 +19,7 @@ from api.errors import error_dialect_context, error_response
 from api.limit_headers import anthropic_limit_headers, openai_limit_headers
 from api.model_queues import HEADER_BY_FIELD, WAITING_FOR_HEADER
 from api.request_headers import header_of
+from api.services import take_start
 from dialects.anthropic_errors import ANTHROPIC_ERRORS
 from dialects.errors import OPENAI_ERRORS, ErrorDialect
 from dialects.fields import HEADER, header_value, ignored_fields_context
@@ -159,6 +160,7 @@ class RequestContext:
         started = time.perf_counter()
         http_requests_in_progress.inc()
         try:
+            await take_start(scope)
             await self.app(scope, receive, answer.send)
         except ClientDisconnect:
             answer.status = answer.status or CLIENT_CLOSED_REQUEST

@@ -20,6 +20,7 @@ from dialects.native import QueueView
 from domain.catalog import Catalog
 from domain.eta import Eta, Load
 from domain.jobs import WaitingFor, waiting_for
+from domain.shares import a_few_in_a_turn
 from metrics import (
     jobs_oldest_queued_seconds,
     jobs_queued,
@@ -286,7 +287,7 @@ class QueueMonitor:
                     answer.set_exception(exc)
                     answer.exception()  # retrieved, in case nobody awaits it any more
             else:
-                for job_id, answer in asked.items():
+                async for job_id, answer in a_few_in_a_turn(asked.items()):
                     answer.set_result(positions.get(job_id))
             pause = (time.monotonic() - started) * (1 / MAX_SHARE - 1)
             await asyncio.sleep(min(pause, REFRESH_SECONDS))  # bounded, as time spent in an outage was no work

@@ -15,10 +15,12 @@ from fastapi import APIRouter, Response
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 from starlette.requests import HTTPConnection, Request
+from starlette.types import Scope as AsgiScope
 
 from api.authentication import REMEMBER_SECONDS, Authenticator, Credential
 from api.errors import database_unavailable
 from api.examiner import Examiner
+from api.exposition import Exposition
 from api.known_bodies import KnownBodies
 from api.limits import (
     LargeWork,
@@ -99,6 +101,7 @@ class Services:
     draining: Signal  # set on SIGTERM: no longer ready, and streams end that their readers can resume
     last_call: Signal  # set CELERIAC_API_DRAIN_SECONDS later: all others end, too
     frames: SharedFrames = field(default_factory=SharedFrames)
+    exposition: Exposition = field(default_factory=Exposition)
     starts: Starts = field(default_factory=Starts)
     known_bodies: KnownBodies = field(default_factory=KnownBodies)
     streamed_jobs: SharedReads[JobRecord | None] = field(default_factory=SharedReads)
@@ -307,7 +310,6 @@ class PrivateRoute(DirectRoute):
         async def answer_authenticated(request: Request) -> Response:
             credential = self.credential_of(request)
             await authenticate(request, credential, self.scope)
-            await services_of(request).starts.take(request.state.tenant_id)
             started = time.monotonic()
             response = await answer(request)
             # A key revoked during a long poll gets no answer. What other methods do is done by now, and a 401 would say
@@ -373,17 +375,24 @@ async def authenticate(connection: HTTPConnection, credential: Credential, scope
 
 
 def credential_in_headers(services: Services, connection: HTTPConnection) -> Credential:
-    authorization, authenticator = _authorization_of(connection), services.authenticator
+    authorization, authenticator = _authorization_of(connection.scope), services.authenticator
     return Credential(
         partial(authenticator.identify, authorization), partial(authenticator.revocation_of, authorization)
     )
 
 
-def _authorization_of(connection: HTTPConnection) -> str | None:
+async def take_start(scope: AsgiScope) -> None:
+    """Returns when it is the request's turn to begin, by whose key it seems to have."""
+    services = getattr(scope["app"].state, "services", None)
+    if services is not None:
+        await services.starts.take(services.authenticator.known_tenant(_authorization_of(scope)))
+
+
+def _authorization_of(scope: AsgiScope) -> str | None:
     """Older clients of Anthropic's send the key in a header of its own."""
-    if authorization := header_of(connection.scope, b"authorization"):
+    if authorization := header_of(scope, b"authorization"):
         return authorization
-    key = header_of(connection.scope, b"x-api-key")
+    key = header_of(scope, b"x-api-key")
     return None if key is None else f"Bearer {key}"
 
 

@@ -177,6 +177,7 @@ class ResponseSocket:
         """Raises CeleriacError if there will be no response."""
         services, lane = self._services, create.stream_id
         await _authenticate(services, self._websocket)  # its limits may have changed since the connection was opened
+        await services.starts.take(self._websocket.state.tenant_id)
         services.slots.refuse_if_full()
         body = _body_of(create)
         run = await start_response(self._request(body), body, passing=self._passing)
