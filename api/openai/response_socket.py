@@ -133,6 +133,7 @@ class ResponseSocket:
         """Raises CeleriacError."""
         if (text := message.get("text")) is None:
             raise InvalidRequest("the message is binary; send JSON as text")
+        await self._services.starts.take(self._websocket.state.tenant_id)
         body = text.encode()
         default_model = self._services.catalog.default_id_for("generation")
         create = await self._services.large_work.run(
