@@ -22,6 +22,7 @@ from starlette.responses import Response
 
 from api.events import (
     JobToStream,
+    end_unreadable,
     event_of,
     read_ended,
     retry_until_storage_answers,
@@ -38,8 +39,8 @@ from api.sse import (
 )
 from dialects.native import job_view
 from dialects.openai_views import View
-from domain.errors import CursorExpired, InvalidCursor, InvalidRequest
-from domain.jobs import JobStatus, external_id
+from domain.errors import CursorExpired, InvalidCursor, InvalidRequest, JobUnreadable
+from domain.jobs import external_id
 from domain.requests import TokenChunk
 from metrics import stream_resumes_total
 from storage import job_queries
@@ -316,20 +317,21 @@ async def _frames(asked: DurableRead) -> AsyncGenerator[bytes, None]:
     if start == tail and job.status.is_terminal:
         return
     last = start
-    async with aclosing(asked.services.streams.read(job.id, starting_after=start)) as events:
-        async for event in events:
-            if isinstance(event, TokenChunk):
-                try:
+    try:
+        async with aclosing(asked.services.streams.read(job.id, starting_after=start)) as events:
+            async for event in events:
+                if isinstance(event, TokenChunk):
                     message = asked.content.of(event, is_first=last == 0)
-                except CursorExpired:
-                    return  # a client that comes back is told
-                last = event.sequence_number
-                yield _data(asked, message) + _control(asked, last, is_up_to_date=last >= tail, is_closed=False)
-            elif event.status not in (JobStatus.QUEUED, JobStatus.IN_PROGRESS):
-                ended = await retry_until_storage_answers(lambda: read_ended(asked.services, job.id, job.tenant_id))
-                if ended is not None:
-                    closing = _control(asked, terminal_id(ended[0]), is_up_to_date=True, is_closed=True)
-                    yield _data(asked, asked.content.of_end(ended[1])) + closing
+                    last = event.sequence_number
+                    yield _data(asked, message) + _control(asked, last, is_up_to_date=last >= tail, is_closed=False)
+        ended = await retry_until_storage_answers(lambda: read_ended(asked.services, job.id, job.tenant_id))
+    except CursorExpired:
+        return  # a client that comes back is told
+    except JobUnreadable as exc:
+        ended = await end_unreadable(asked.services, job.id, job.tenant_id, exc)
+    if ended is not None:
+        closing = _control(asked, terminal_id(ended[0]), is_up_to_date=True, is_closed=True)
+        yield _data(asked, asked.content.of_end(ended[1])) + closing
 
 
 def _data(asked: DurableRead, message: bytes) -> bytes:

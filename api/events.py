@@ -100,21 +100,28 @@ class JobEventStream:
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """Ends after the terminal event, or without one if the job was deleted meanwhile."""
         yield COMMENT_AND_RETRY
-        if self._start.has_snapshot:
-            yield await self._snapshot()
-        async with aclosing(self._services.streams.read_batches(self._id, starting_after=self._last)) as batches:
-            merged = interleave(batches, self._queue_event, waits=QUEUE_POLL_SECONDS, is_wanted=lambda: self._is_queued)
-            async with aclosing(merged):  # first: it may be reading from `batches`
-                async for batch in merged:
-                    if isinstance(batch, bytes):
-                        if batch:
-                            yield batch
-                    elif len(batch) == 1:  # as of everything live
-                        for one in await self._frames_of(batch[0]):
-                            yield one
-                    else:
-                        async for piece in self._pieces_of(batch):
-                            yield piece
+        try:
+            if self._start.has_snapshot:
+                yield await self._snapshot()
+            async with aclosing(self._services.streams.read_batches(self._id, starting_after=self._last)) as batches:
+                merged = interleave(
+                    batches, self._queue_event, waits=QUEUE_POLL_SECONDS, is_wanted=lambda: self._is_queued
+                )
+                async with aclosing(merged):  # first: it may be reading from `batches`
+                    async for batch in merged:
+                        if isinstance(batch, bytes):
+                            if batch:
+                                yield batch
+                        elif len(batch) == 1:  # as of everything live
+                            for one in await self._frames_of(batch[0]):
+                                yield one
+                        else:
+                            async for piece in self._pieces_of(batch):
+                                yield piece
+        except JobUnreadable as exc:
+            ended = await end_unreadable(self._services, self._id, self._tenant_id, exc)
+            for one in _terminal_frames_of(ended):
+                yield one
 
     async def _pieces_of(self, batch: Sequence[TokenChunk | StatusChange]) -> AsyncIterator[bytes]:
         """Many frames at once, since each write costs more than they do."""
@@ -179,7 +186,10 @@ class JobEventStream:
 
 
 async def _read_terminal_frames(services: Services, job_id: UUID, tenant_id: UUID) -> list[bytes]:
-    ended = await read_ended(services, job_id, tenant_id)
+    return _terminal_frames_of(await read_ended(services, job_id, tenant_id))
+
+
+def _terminal_frames_of(ended: tuple[Job, JobView] | None) -> list[bytes]:
     if ended is None:
         return []
     job, view = ended
@@ -193,13 +203,24 @@ async def read_ended(services: Services, job_id: UUID, tenant_id: UUID) -> tuple
         record = await services.read(job_queries.get, job_id, tenant_id)
     except JobUnreadable as exc:
         record = await services.read(job_queries.get, job_id, tenant_id, with_result=False)
-        if record is None:
-            return None
-        error = job_error_view(JobError(code=exc.code, message=exc.message, retryable=exc.retryable))
-        return record.job, {**job_view(record), "error": error}
+        return None if record is None else (record.job, _with_error(job_view(record), exc))
     if record is None:
         return None
     return record.job, await services.large_work.run(size_of(record.result), job_view, record)
+
+
+async def end_unreadable(
+    services: Services, job_id: UUID, tenant_id: UUID, exc: JobUnreadable
+) -> tuple[Job, JobView] | None:
+    """As `read_ended`, for a stream that cannot go on, since the chunks cannot be read. Waits for the job's end: who
+    is told nothing terminal comes back, and meets the same again."""
+    await services.read_to_end(job_id)
+    ended = await retry_until_storage_answers(lambda: read_ended(services, job_id, tenant_id))
+    return None if ended is None else (ended[0], _with_error(ended[1], exc))
+
+
+def _with_error(view: JobView, exc: JobUnreadable) -> JobView:
+    return {**view, "error": job_error_view(JobError(code=exc.code, message=exc.message, retryable=exc.retryable))}
 
 
 def encode_chunk(chunk: TokenChunk, job_id: str, *, with_token_ids: bool) -> bytes:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -39,7 +39,7 @@ from api.starts import Starts
 from dialects.native import QueueView
 from domain.access import Scope
 from domain.catalog import Catalog
-from domain.errors import PermissionDenied, StorageFull
+from domain.errors import JobUnreadable, PermissionDenied, StorageFull
 from domain.jobs import JobStatus
 from domain.limits import is_limited_context, note_caller, stream_limits_context
 from domain.requests import TokenChunk
@@ -190,10 +190,11 @@ class Services:
             await asyncio.wait((drained, done))
 
     async def _read_one(self, job_id: UUID, after: int) -> None:
-        async with aclosing(self.streams.read(job_id, starting_after=after)) as events:
-            async for event in events:
-                if isinstance(event, TokenChunk):
-                    return
+        with suppress(JobUnreadable):  # whoever waited for it reads it next, and is told
+            async with aclosing(self.streams.read(job_id, starting_after=after)) as events:
+                async for event in events:
+                    if isinstance(event, TokenChunk):
+                        return
 
     async def read_to_end(self, job_id: UUID) -> None:
         """Returns when the job has ended or was deleted. The caller has checked the job's tenant."""

@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session
 
 from domain.jobs import FinishReason, JobStatus, Lane
 from domain.requests import RESULT, JobOutput, is_whole_output
-from storage.answers import forget
+from storage.answers import HAS_OUTPUT, forget
 from storage.job_accept import Accepted, AcceptOutcome, NewJob, document_of, row_of
 from storage.job_ends import is_gone
 from storage.job_queries import JobRecord
@@ -49,7 +49,7 @@ WITH asked AS MATERIALIZED (
 SELECT a.tenant_id, a.key, l.id AS leader_id, r.result FROM asked q
 JOIN answers a ON a.tenant_id = q.tenant_id AND a.key = q.key
     AND a.created_at > {CLOCK} - make_interval(secs => :max_age_seconds)
-JOIN jobs l ON l.id = a.job_id AND l.tenant_id = q.tenant_id AND l.status = 'completed'
+JOIN jobs l ON l.id = a.job_id AND l.tenant_id = q.tenant_id AND {HAS_OUTPUT}
     AND l.cancel_requested_at IS NULL
 JOIN job_results r ON r.job_id = l.id
 WHERE NOT ({is_gone("l.model", "l.model_revision")})

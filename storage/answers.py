@@ -41,6 +41,11 @@ NEVER_CLAIMED = "j.status || '' = 'queued' AND j.attempt = 0"  # found by id; se
 
 PUT_OFF_SECONDS = 3_600  # how long a job follows at most
 
+# Whether the leader `l` has all that another job is completed with: its chunks, of which a reset is the first, too.
+HAS_OUTPUT = """l.status = 'completed' AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id)
+    AND (SELECT count(*) FROM job_chunks c WHERE c.job_id = l.id)
+        = l.committed_sequence_number - greatest(l.reset_sequence_number - 1, 0)"""
+
 # Completes the jobs of the CTE `pair(id, leader_id)` with their leaders' output. In the ledger they have an end and no
 # attempt, and no tokens: nothing was computed. A job that somebody else has locked is left alone for now.
 COMPLETED = f"""
@@ -83,9 +88,7 @@ known AS MATERIALIZED (
     LEFT JOIN answers a ON a.tenant_id = s.tenant_id AND a.key = s.key
         AND a.created_at > {CLOCK} - make_interval(secs => :max_age_seconds)
     LEFT JOIN jobs l ON l.id = a.job_id AND l.tenant_id = s.tenant_id AND l.cancel_requested_at IS NULL
-        AND (l.status IN ('queued', 'in_progress')
-            OR (l.status = 'completed' AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id)
-                AND NOT ({is_gone("l.model", "l.model_revision")})))
+        AND (l.status IN ('queued', 'in_progress') OR ({HAS_OUTPUT} AND NOT ({is_gone("l.model", "l.model_revision")})))
 ),
 leaders AS MATERIALIZED (
     SELECT DISTINCT ON (tenant_id, key) id, tenant_id, key FROM known WHERE leader_id IS NULL
@@ -133,8 +136,7 @@ END_FOLLOWERS = text(f"""
 WITH pair AS MATERIALIZED (
     SELECT f.job_id AS id, f.leader_id
     FROM job_followers f JOIN jobs j ON j.id = f.job_id JOIN jobs l ON l.id = f.leader_id
-    WHERE {NEVER_CLAIMED} AND l.status = 'completed'
-        AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id) LIMIT :limit
+    WHERE {NEVER_CLAIMED} AND {HAS_OUTPUT} LIMIT :limit
 ),
 {COMPLETED}
 """)
@@ -153,8 +155,7 @@ WITH alone AS MATERIALIZED (
     SELECT j.id FROM job_followers f JOIN jobs j ON j.id = f.job_id
     WHERE j.status <> 'queued' OR j.attempt > 0 OR j.available_at <= {CLOCK}
         OR NOT EXISTS (SELECT FROM jobs l WHERE l.id = f.leader_id AND l.cancel_requested_at IS NULL
-            AND (l.status IN ('queued', 'in_progress')
-                OR (l.status = 'completed' AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id))))
+            AND (l.status IN ('queued', 'in_progress') OR ({HAS_OUTPUT})))
     LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
 ),
 forgotten AS (DELETE FROM job_followers f USING alone WHERE f.job_id = alone.id)

@@ -24,7 +24,7 @@ from domain.model_names import parse_model_name
 from domain.requests import RESULT, JobOutput, JobRequest, TokenChunk, is_whole_output
 from storage.job_metadata import entries_of
 from storage.job_statements import CLOCK
-from storage.tables import Job, JobAttempt, JobChunk, JobPayload, JobResult, Worker
+from storage.tables import Job, JobAttempt, JobPayload, JobResult, Worker
 
 STREAM_STATES = text("""
 SELECT id, status, attempt, committed_sequence_number FROM jobs WHERE id = ANY(CAST(:ids AS uuid[]))
@@ -221,24 +221,30 @@ CHUNKS_PER_READ = 500
 
 
 def read_chunks(session: Session, job_id: UUID, *, after: int = 0, limit: int = CHUNKS_PER_READ) -> list[TokenChunk]:
-    """The committed chunks with a sequence number above `after`, in order. The caller must have checked the tenant."""
-    statement = (
-        select(JobChunk.chunk)
-        .where(JobChunk.job_id == job_id, JobChunk.sequence_number > after)
-        .order_by(JobChunk.sequence_number)
-        .limit(limit)
-    )
-    return list(session.scalars(statement))
+    """The committed chunks with a sequence number above `after`, in order. The caller must have checked the tenant.
+    Raises JobUnreadable."""
+    return read_log(session, job_id, after=after, limit=limit)[1]
 
 
 def read_log(session: Session, job_id: UUID, *, after: int, limit: int) -> tuple[StreamState | None, list[TokenChunk]]:
     """The state of a stream and its next chunks after `after`, from one snapshot. The state is None if the job was
-    deleted."""
+    deleted. Raises JobUnreadable if a chunk is missing or damaged, for which a reader would wait in vain."""
     row = session.execute(READ_LOG, {"job_id": job_id, "after": after, "limit": limit}).one_or_none()
     if row is None:
         return None, []
     state = StreamState(JobStatus(row.status), row.attempt, row.committed_sequence_number, row.is_paused)
-    return state, [TokenChunk.model_validate(chunk) for chunk in row.chunks or ()]
+    try:
+        chunks = [TokenChunk.model_validate(chunk) for chunk in row.chunks or ()]
+    except ValidationError as exc:
+        raise unreadable(job_id) from exc
+    last = after
+    for chunk in chunks:
+        if chunk.sequence_number != last + 1 and not chunk.is_reset:  # those before a reset are deleted
+            raise unreadable(job_id)
+        last = chunk.sequence_number
+    if len(chunks) < limit and last < state.committed_sequence_number:
+        raise unreadable(job_id)
+    return state, chunks
 
 
 def stream_states(session: Session, job_ids: Sequence[UUID]) -> dict[UUID, StreamState]:

@@ -78,7 +78,7 @@ class LogReads:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def read(self, job_id: UUID, *, after: int) -> LogPage:
-        """Chunks after `after`, and perhaps some before it. Raises one of READ_FAILURES."""
+        """Chunks after `after`, and perhaps some before it. Raises JobUnreadable, or one of READ_FAILURES."""
         read = self._ask(job_id, after)
         read.num_waiting += 1
         try:

@@ -230,7 +230,7 @@ class StreamReader:
 
         Ends after a terminal status, or when the job is deleted. The stream of a running job starts with `in_progress`.
         A chunk that `is_reset` invalidates everything before it. The caller must have checked the job's tenant, and
-        must close the generator (`contextlib.aclosing`) if the consumer may leave early.
+        must close the generator (`contextlib.aclosing`) if the consumer may leave early. Raises JobUnreadable.
         """
         async with aclosing(self.read_batches(job_id, starting_after=starting_after)) as batches:
             async for batch in batches:

@@ -23,7 +23,7 @@ from dialects.openai_response_objects import (
 )
 from dialects.openai_response_output import ResponseEvent, ResponseOutput
 from dialects.openai_response_requests import ResponseBody
-from domain.errors import CeleriacError, JobNotFound, JobUnreadable, ServerOverloaded
+from domain.errors import CeleriacError, JobNotFound, ServerOverloaded
 from domain.jobs import external_id
 from domain.requests import TokenChunk
 from storage import job_queries
@@ -59,21 +59,23 @@ class ResponseStream:
         for event in self._numbered(self._beginning()):
             yield event
         has_begun = has_text = False
-        async with aclosing(self._services.streams.read(self._record.job.id)) as pieces:
-            async for piece in pieces:
-                if not has_begun and (isinstance(piece, TokenChunk) or piece.attempt > 0):
-                    has_begun = True
-                    for event in self._numbered(self._start()):
-                        yield event
-                if isinstance(piece, TokenChunk) and piece.is_reset and (has_text or self._starting_after >= 0):
-                    yield error_event(_started_over(self._record))
-                    return
-                if isinstance(piece, TokenChunk) and not piece.is_reset:
-                    has_text = True
-                    for event in self._numbered(self._output.push(piece.text, piece.logprobs)):
-                        yield event
-        for event in self._numbered(await self._end()):
-            yield event
+        try:
+            async with aclosing(self._services.streams.read(self._record.job.id)) as pieces:
+                async for piece in pieces:
+                    if not has_begun and (isinstance(piece, TokenChunk) or piece.attempt > 0):
+                        has_begun = True
+                        for event in self._numbered(self._start()):
+                            yield event
+                    if isinstance(piece, TokenChunk) and piece.is_reset and (has_text or self._starting_after >= 0):
+                        raise _started_over(self._record)
+                    if isinstance(piece, TokenChunk) and not piece.is_reset:
+                        has_text = True
+                        for event in self._numbered(self._output.push(piece.text, piece.logprobs)):
+                            yield event
+            for event in self._numbered(await self._end()):
+                yield event
+        except CeleriacError as exc:
+            yield error_event(exc)
 
     def _beginning(self) -> Iterator[ResponseEvent]:
         """Only a background response is ever shown as queued; others are in progress from the start."""
@@ -87,14 +89,11 @@ class ResponseStream:
 
     async def _end(self) -> list[ResponseEvent]:
         job = self._record.job
-        try:
-            record = await retry_until_storage_answers(
-                lambda: self._services.read(job_queries.get, job.id, job.tenant_id, with_request=True)
-            )
-        except JobUnreadable as exc:
-            return [error_event(exc)]
+        record = await retry_until_storage_answers(
+            lambda: self._services.read(job_queries.get, job.id, job.tenant_id, with_request=True)
+        )
         if record is None:
-            return [error_event(JobNotFound(f"{external_id(job.id, 'resp')} was deleted"))]
+            raise JobNotFound(f"{external_id(job.id, 'resp')} was deleted")
         self._record = record
         ending = ending_of(record.job)
         events = list(self._output.finish(ending.item_status))

@@ -361,6 +361,21 @@ def test_an_answer_that_cannot_be_read_is_a_miss(
     assert ask(client).json()["output"]["text"] == "Hello again", "whoever asks next has a new answer"
 
 
+@pytest.mark.parametrize("headers", [{}, {"idempotency-key": "k"}])
+def test_an_answer_whose_chunks_are_gone_is_a_miss(
+    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions, headers: dict[str, str]
+) -> None:
+    first = ask(client).json()["id"]
+    follower = ask(client).json()["id"]
+    run(hand_worker, first, "Hel", "lo")
+    with session_factory.begin() as session:
+        session.execute(text("DELETE FROM job_chunks WHERE sequence_number = 1"))
+        assert answers.end_followers(session) == []
+        assert session.get_one(Job, parse_id(follower)).available_at <= session.scalars(select(func.now())).one()
+    answer = client.post("/v1/jobs", json=JOB, headers=headers)
+    assert outcome_of(answer) == (202, "miss", False)
+
+
 def test_an_answer_that_cannot_be_read_takes_nobody_elses(
     api: ApiServer,
     clients: tuple[httpx.Client, httpx.Client],
