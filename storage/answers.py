@@ -3,13 +3,13 @@
 A row of `answers` names, for a tenant and a key, the job that has the answer or will have it, its leader. A job that
 asks for what its leader has completed is completed with a copy of the output. While the leader waits or runs, it
 follows: it is put off, and ends with the leader, which is as urgent as the most urgent of those that it runs for. If
-the leader ends in any other way or is deleted, its followers go on by themselves, in the place that they had in the
-queue. A job is only ever ended while it waits and has never been claimed, so whatever happens between these
-statements, it runs.
+the leader is cancelled, expires or is deleted, one of its followers leads the others, in the place that it had in the
+queue; if it fails, each goes on by itself. A job is only ever ended while it waits and has never been claimed, so
+whatever happens between these statements, it runs.
 
 `answer` is part of the transaction that accepts the jobs, after `storage/answered_jobs.py`, which has inserted most of
 those whose answers are known as completed. So what follows another request of its tenant sees it: the
-accept holds a lock on the tenant's load until the commit. Nobody but the accept takes locks in `answers` after that.
+accept holds a lock on the tenant's load until the commit. Nobody but the accept waits for locks in `answers`.
 
 All functions are synchronous on a `Session` and do not commit. docs/adr/0057 says why this is not in Redis.
 """
@@ -40,6 +40,8 @@ from storage.workers import LIVE_SECONDS
 NEVER_CLAIMED = "j.status || '' = 'queued' AND j.attempt = 0"  # found by id; see RUNNING in job_statements
 
 PUT_OFF_SECONDS = 3_600  # how long a job follows at most
+
+FOLLOWS = f"j.status = 'queued' AND j.attempt = 0 AND j.available_at > {CLOCK}"
 
 # Whether the leader `l` has all that another job is completed with: its chunks, of which a reset is the first, too.
 HAS_OUTPUT = """l.status = 'completed' AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id)
@@ -148,17 +150,45 @@ DELETE FROM answers WHERE ctid = ANY(ARRAY(
     SELECT ctid FROM answers WHERE job_id = ANY(CAST(:leader_ids AS uuid[])) FOR UPDATE SKIP LOCKED))
 """)
 
-# Forgets followers that have ended or go on by themselves. As when a job is deleted, its row is locked before the one
-# in job_followers.
+# Forgets followers that have ended, and those that will not end with their leader: of those that one leader had, the
+# first is the next leader, its heir, and the others follow it before it goes on. Only if the leader has failed does
+# each go on by itself, as its heirs might fail one after another. As when a job is deleted, its row is locked before
+# the one in job_followers. In `answers` nothing is waited for: who has locked the entry is accepting another leader, or
+# takes it away.
 LET_GO = text(f"""
-WITH alone AS MATERIALIZED (
-    SELECT j.id FROM job_followers f JOIN jobs j ON j.id = f.job_id
-    WHERE j.status <> 'queued' OR j.attempt > 0 OR j.available_at <= {CLOCK}
-        OR NOT EXISTS (SELECT FROM jobs l WHERE l.id = f.leader_id AND l.cancel_requested_at IS NULL
-            AND (l.status IN ('queued', 'in_progress') OR ({HAS_OUTPUT})))
+WITH stray AS MATERIALIZED (
+    SELECT j.id, f.leader_id, NOT ({FOLLOWS}) OR coalesce(l.status = 'failed', false) AS is_alone
+    FROM job_followers f JOIN jobs j ON j.id = f.job_id LEFT JOIN jobs l ON l.id = f.leader_id
+    WHERE NOT ({FOLLOWS}) OR l.id IS NULL OR l.cancel_requested_at IS NOT NULL
+        OR NOT (l.status IN ('queued', 'in_progress') OR ({HAS_OUTPUT}))
     LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
 ),
-forgotten AS (DELETE FROM job_followers f USING alone WHERE f.job_id = alone.id)
+heir AS MATERIALIZED (
+    SELECT DISTINCT ON (f.leader_id) j.id, f.leader_id FROM job_followers f JOIN jobs j ON j.id = f.job_id
+    WHERE f.leader_id IN (SELECT s.leader_id FROM stray s WHERE NOT s.is_alone) AND {FOLLOWS}
+    ORDER BY f.leader_id, j.priority DESC, j.id
+),
+left_over AS MATERIALIZED (
+    SELECT f.leader_id FROM job_followers f JOIN jobs j ON j.id = f.job_id
+    WHERE f.leader_id IN (SELECT leader_id FROM heir) AND f.job_id NOT IN (SELECT id FROM stray) AND {FOLLOWS}
+),
+alone AS MATERIALIZED (
+    SELECT s.id, h.leader_id FROM stray s LEFT JOIN heir h ON h.id = s.id
+    WHERE s.is_alone OR (h.id IS NOT NULL AND h.leader_id NOT IN (SELECT leader_id FROM left_over))
+),
+forgotten AS (DELETE FROM job_followers f USING alone WHERE f.job_id = alone.id),
+handed_over AS (
+    UPDATE job_followers f SET leader_id = h.id FROM stray s JOIN heir h USING (leader_id)
+    WHERE f.job_id = s.id AND NOT s.is_alone AND h.id <> s.id
+),
+entry AS MATERIALIZED (
+    SELECT a.tenant_id, a.key, alone.id FROM answers a JOIN alone ON alone.leader_id = a.job_id
+    FOR UPDATE OF a SKIP LOCKED
+),
+inherited AS (
+    UPDATE answers a SET job_id = entry.id, created_at = {CLOCK} FROM entry
+    WHERE a.tenant_id = entry.tenant_id AND a.key = entry.key
+)
 UPDATE jobs j SET available_at = j.created_at FROM alone
 WHERE j.id = alone.id AND {NEVER_CLAIMED} AND j.available_at > {CLOCK}
 """)
@@ -215,7 +245,7 @@ def _record(job: Job, result: JobOutput, new_job: NewJob) -> JobRecord:
 
 
 def end_followers(session: Session, *, limit: int = 200) -> list[Returned]:
-    """Let go of jobs whose leaders will never complete, and complete those whose leaders have. Returns those that were
+    """Let jobs whose leaders will never complete go on, and complete those whose leaders have. Returns those that were
     completed."""
     session.execute(LET_GO, {"limit": 2 * limit})  # those that were completed before, and others
     return _ended(session, session.execute(END_FOLLOWERS, {"limit": limit}).all())

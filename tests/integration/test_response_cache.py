@@ -492,6 +492,39 @@ def test_followers_go_on_without_their_leader(
     assert client.get(f"/v1/jobs/{follower}").json()["cached"] is False
 
 
+@pytest.mark.parametrize("end", ["cancel", "cancel while it runs", "delete", "expire", "fail"])
+def test_one_follower_leads_the_others_when_their_leader_is_cancelled(
+    end: str, client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
+) -> None:
+    leader, cancelled, *followers = (ask(client).json()["id"] for _ in range(5))
+    client.post(f"/v1/jobs/{cancelled}/cancel")
+    if end == "cancel while it runs":
+        hand_worker.claim(leader)
+    if "cancel" in end:
+        client.post(f"/v1/jobs/{leader}/cancel")
+    elif end == "delete":
+        client.delete(f"/v1/jobs/{leader}")
+    elif end == "expire":
+        hand_worker.finish(hand_worker.claim(leader), status=JobStatus.EXPIRED)
+    else:
+        error = JobError(code="engine_error", message="of ours", retryable=False)
+        hand_worker.finish(hand_worker.claim(leader), status=JobStatus.FAILED, error=error)
+    for _ in followers:
+        with session_factory.begin() as session:
+            answers.end_followers(session, limit=1)
+    if end == "fail":
+        assert waiting(session_factory) == len(followers)
+        return
+    assert waiting(session_factory) == 1, "one of them runs"
+    late = ask(client).json()["id"]
+    if end != "delete":
+        assert waiting(session_factory) == 1, "who asks now follows it, too"
+        followers.append(late)
+    run(hand_worker, followers[0], "Hello")
+    with session_factory.begin() as session:
+        assert {external_id(ended.job_id) for ended in answers.end_followers(session)} == set(followers[1:])
+
+
 def waiting(sessions: Sessions) -> int:
     """How many jobs could be claimed now."""
     with sessions() as session:
