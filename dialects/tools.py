@@ -4,10 +4,10 @@ A strict schema is enforced completely, or refused with the keyword that cannot 
 be enforced is removed, as JSON Schema prescribes for unknown keywords and formats.
 """
 
-import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 from pydantic import ValidationError
@@ -16,6 +16,7 @@ from dialects.bodies import invalid_request
 from dialects.openai import build_at
 from domain.errors import InvalidRequest, UnsupportedParameter
 from domain.json_schemas import gather
+from domain.shares import SharedMemory, current_tenant
 from domain.strict_schemas import closed, enforceable
 from domain.structured_output import (
     MAX_CALLS_BYTES,
@@ -55,9 +56,26 @@ def callable_tool(tool: ToolDefinition, *, place: str) -> CallableTool:
         raise _refusal(exc, place) from None
 
 
-@functools.lru_cache(maxsize=MAX_REMEMBERED)
+#: By tenant, or else one could tell by the time whether another has used a tool.
+_remembered: SharedMemory[tuple[str, bool], dict[str, Any]] = SharedMemory(MAX_REMEMBERED)
+
+_remembering = Lock()  # large bodies are read in a thread of their own
+
+
 def _arguments_of(schema_json: str, *, is_strict: bool) -> dict[str, Any]:
-    """Cached, since agents send the same tools at every turn. Callers must not modify the result."""
+    """Remembered, since agents send the same tools at every turn. Callers must not modify the result."""
+    tenant_id, key = current_tenant.get(), (schema_json, is_strict)
+    with _remembering:
+        known = _remembered.find(tenant_id, key)
+    if known is not None:
+        return known
+    arguments = _closed_arguments(schema_json, is_strict=is_strict)
+    with _remembering:
+        _remembered.keep(tenant_id, key, arguments)
+    return arguments
+
+
+def _closed_arguments(schema_json: str, *, is_strict: bool) -> dict[str, Any]:
     schema = json.loads(schema_json)
     check_structure(schema)
     if is_strict:

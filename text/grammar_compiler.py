@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from uuid import UUID
 import orjson
 
 from domain.errors import CeleriacError, InvalidRequest, Overloaded, ServerOverloaded, UnsupportedParameter
-from domain.shares import SharedQueue
+from domain.shares import SharedMemory, SharedQueue
 from domain.structured_output import StructuredOutput
 from local.lifetime import ending_with_us
 from observability import describe_exception
@@ -91,18 +90,17 @@ class GrammarCompiler:
         vocabulary: Vocabulary,
         *,
         large_loads: asyncio.Lock,
-        known: Callable[[bytes], GrammarVerdict | None],
-        remember: Callable[[bytes, GrammarVerdict], None],
+        verdicts: SharedMemory[bytes, GrammarVerdict],
         charge: Callable[[UUID, float], None],
     ) -> None:
-        """`large_loads` is held while a large vocabulary is read. `known` and `remember` access the cache of verdicts.
+        """`large_loads` is held while a large vocabulary is read. `verdicts` are those of all models.
         `charge(tenant, seconds)` is called for each grammar that is refused."""
         self.model_id, self.revision = view.spec.id, view.revision
         self.is_ready = False
         self.process: asyncio.subprocess.Process | None = None
         self._vocabulary = vocabulary
         self._turn_to_load = large_loads if vocabulary.size > LARGE_VOCABULARY else contextlib.nullcontext()
-        self._known, self._remember, self._charge = known, remember, charge
+        self._verdicts, self._charge = verdicts, charge
         self._waiting: SharedQueue[Question] = SharedQueue(MAX_WAITING)
         self._asked: dict[tuple[UUID, bytes], Question] = {}  # those that wait
         self._has_work = asyncio.Event()
@@ -193,12 +191,12 @@ class GrammarCompiler:
             "the grammar could not be compiled; retry in a moment"
         )
         try:
-            verdict = self._known(question.key)  # it may have been compiled for another request in the meantime
+            verdict = self._verdicts.find(tenant_id, question.key)  # since then compiled for another request
             if verdict is None:
                 began_at = time.monotonic()
                 verdict = _verdict_of(question.output, await self._tell(process, orjson.dumps(question.output) + b"\n"))
                 if verdict is not None:
-                    self._remember(question.key, verdict)
+                    self._verdicts.keep(tenant_id, question.key, verdict)
                 if verdict is not None and verdict.reason is not None:
                     self._charge(tenant_id, time.monotonic() - began_at)
             answer = verdict or answer
@@ -312,7 +310,8 @@ class GrammarGate:
     first grammar arrives."""
 
     def __init__(self) -> None:
-        self._verdicts: OrderedDict[bytes, GrammarVerdict] = OrderedDict()
+        # By tenant, or else one could tell by the time whether another has used a grammar.
+        self._verdicts: SharedMemory[bytes, GrammarVerdict] = SharedMemory(MAX_REMEMBERED)
         self._compilers: dict[str, GrammarCompiler] = {}  # by model
         self._stopping: set[asyncio.Task[None]] = set()
         self._large_loads = asyncio.Lock()
@@ -332,7 +331,7 @@ class GrammarGate:
         dumped = output.model_dump(mode="json", exclude_none=True)
         names = f"{view.spec.id}\0{view.revision}\0".encode()
         key = hashlib.sha256(names + orjson.dumps(dumped)).digest()
-        verdict = self._known(key)
+        verdict = self._verdicts.find(tenant_id, key)
         if verdict is None:
             self._budget.refuse_if_spent(tenant_id)
             compiler = self._compiler_of(view)
@@ -372,8 +371,7 @@ class GrammarGate:
                 view,
                 view.vocabulary,
                 large_loads=self._large_loads,
-                known=self._known,
-                remember=self._remember,
+                verdicts=self._verdicts,
                 charge=self._budget.charge,
             )
         return compiler
@@ -382,17 +380,6 @@ class GrammarGate:
         task = self._compilers.pop(model_id).stop()
         self._stopping.add(task)
         task.add_done_callback(self._stopping.discard)
-
-    def _known(self, key: bytes) -> GrammarVerdict | None:
-        verdict = self._verdicts.get(key)
-        if verdict is not None:
-            self._verdicts.move_to_end(key)
-        return verdict
-
-    def _remember(self, key: bytes, verdict: GrammarVerdict) -> None:
-        self._verdicts[key] = verdict
-        if len(self._verdicts) > MAX_REMEMBERED:
-            self._verdicts.popitem(last=False)
 
 
 async def _answer_in_time(

@@ -107,6 +107,16 @@ def test_what_can_be_followed_passes_and_what_cannot_is_refused_by_name(view: Mo
     with_gate(body)
 
 
+def test_nobody_can_tell_by_the_time_whether_another_tenant_has_used_a_grammar(view: ModelView) -> None:
+    async def body(gate: GrammarGate) -> None:
+        await gate.check(view, make(regex="a"), TENANT)
+        await gate.aclose()
+        await gate.check(view, make(regex="a"), OTHER_TENANT)
+        assert gate.process_id(MINI.id) is not None, "it is compiled again"
+
+    with_gate(body)
+
+
 def test_a_verdict_is_remembered_and_outlives_the_process(view: ModelView) -> None:
     async def body(gate: GrammarGate) -> None:
         await gate.check(view, make(regex="a"), TENANT)
