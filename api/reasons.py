@@ -42,6 +42,7 @@ class ReasonCode(StrEnum):
     ENGINE_STUCK = "engine_stuck"
     ENGINE_ENDED = "engine_ended"
     MODEL_FAILED = "model_failed"
+    CLAIMS_FAIL = "claims_fail"
     LOG_FAILED = "log_failed"
     ARCHIVE_FAILED = "archive_failed"
     MAINTENANCE_SILENT = "maintenance_silent"

@@ -9,6 +9,7 @@ class Trouble(StrEnum):
     ENGINE_STUCK = "engine_stuck"
     ENGINE_ENDED = "engine_ended"
     MODEL = "model_failed"
+    CLAIMS = "claims_fail"
     CLOCK = "clock"
     LOG = "log_failed"
     ARCHIVE = "archive_failed"
@@ -30,6 +31,10 @@ WORDS = {
     ),
     Trouble.ENGINE_ENDED: ("has lost its engine", "another one is started; its log has the last words"),
     Trouble.MODEL: ("cannot serve its model", "mend its files, its memory or models.toml, then start it again"),
+    Trouble.CLAIMS: (
+        "cannot claim jobs",
+        "its log has the database's error; it tries again less and less often, and its jobs wait or run elsewhere",
+    ),
     Trouble.CLOCK: ("has a clock that differs from the database's", "run NTP on its machine"),
     Trouble.LOG: ("cannot write its log", "make room on the disk of its log"),
     Trouble.ARCHIVE: (

@@ -15,6 +15,7 @@ from gpu_worker.commits import JobStorage
 from gpu_worker.pausing import LOOK_SECONDS, Candidate, Exchange, exchange
 from gpu_worker.quarantine import Quarantine
 from gpu_worker.threads import Answer, StorageThread
+from observability import describe_exception
 from storage.jobs import ClaimedJob
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,10 @@ log = logging.getLogger(__name__)
 SHORTFALL_SECONDS = 0.1  # poll SQL this long after a claim that found fewer jobs than it could have taken
 
 POLL_SECONDS = 2.0  # poll SQL after having free slots but no tickets for this long
+
+FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 30.0  # after a claim that failed, and after many in a row
+
+NUM_TOLD = 2  # claims that failed in a row: one may have met what is over already
 
 
 class Offers:
@@ -77,15 +82,29 @@ class Intake:
         self._looked_at = 0.0  # when we last looked for tenants that are due a slot
         self._busy_lanes: set[Lane] = set()
         self._heard_at: float | None = None  # when a ticket last came, SQL was last polled, or there first was room
+        self._num_failed = 0  # claims, since the last one that did not fail
+        self._last_error = ""
+        self._rests_until = 0.0  # after claims that failed
 
     @property
     def is_claiming(self) -> bool:
         return bool(self._busy_lanes)
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether claims have failed, so that another worker should have the tickets: who sends them sends new ones
+        each second, and each would cost a claim and a release."""
+        return monotonic() < self._rests_until
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no job can be claimed."""
+        return f"it cannot claim jobs: {self._last_error}" if self._num_failed >= NUM_TOLD else None
+
     def claim(self, now: float, *, num_free: int, known: frozenset[UUID]) -> None:
         """Use the tickets that there is room for, or poll SQL now and then if there are none. `known` jobs already run
         here."""
-        if num_free <= 0 or self._busy_lanes or self._storage_thread.is_away:
+        if num_free <= 0 or self._busy_lanes or self._storage_thread.is_away or self.is_resting:
             return  # a claim is in progress; if it is for the isolated lane, its job must run alone
         self._heard_at = self._heard_at or now
         if ticket_ids := self._offers.take(num_free):
@@ -98,7 +117,7 @@ class Intake:
 
     def share(self, now: float, may_leave: Callable[[float], list[Candidate]], *, known: frozenset[UUID]) -> None:
         """If it is time to look and jobs here may leave, claim those that are due their slots."""
-        if self._busy_lanes or self._storage_thread.is_away or now - self._looked_at < LOOK_SECONDS:
+        if self._busy_lanes or self._storage_thread.is_away or self.is_resting or now - self._looked_at < LOOK_SECONDS:
             return
         self._looked_at = now
         if candidates := may_leave(now):
@@ -109,11 +128,13 @@ class Intake:
 
         def on_done(answer: Answer[Exchange]) -> None:
             self._busy_lanes.discard(Lane.STANDARD)
+            self._num_failed = 0
             self._on_exchanged(answer.value, answer.sent_at)
 
         def on_error(exc: Exception) -> None:
             self._busy_lanes.discard(Lane.STANDARD)
             log.error("no slots could be exchanged", exc_info=exc)
+            self._rest(exc)
 
         self._storage_thread.submit(
             lambda is_repeated: exchange(self._storage, candidates, known, is_repeated=is_repeated), on_done, on_error
@@ -121,7 +142,7 @@ class Intake:
 
     def look_into_quarantine(self, now: float, *, is_resting: bool, known: frozenset[UUID]) -> None:
         """Claim one job that must run alone, if it is time to look for one."""
-        if self._busy_lanes or self._storage_thread.is_away:
+        if self._busy_lanes or self._storage_thread.is_away or self.is_resting:
             return
         min_suspicions = self._quarantine.take_look(now, is_resting=is_resting)
         if min_suspicions is not None:
@@ -141,6 +162,7 @@ class Intake:
 
         def on_done(answer: Answer[list[ClaimedJob]]) -> None:
             self._busy_lanes.discard(lane)
+            self._num_failed = 0
             if answer.value:  # the engine need not wait for it, but what happens to these jobs next is told after it
                 self._storage_thread.submit(lambda _: self._storage.tell_claimed(answer.value), lambda _: None)
             self._on_claimed(answer.value, answer.sent_at)
@@ -154,6 +176,7 @@ class Intake:
             # claim may have been committed before the error.
             self._busy_lanes.discard(lane)
             log.error("no jobs could be claimed", exc_info=exc)
+            self._rest(exc)
             self._storage_thread.submit(lambda _: self._storage.release_others(known), lambda _: None)
             self._on_spent(list(ticket_ids))
 
@@ -164,3 +187,8 @@ class Intake:
             on_done,
             on_error,
         )
+
+    def _rest(self, exc: Exception) -> None:
+        seconds = min(FIRST_PAUSE_SECONDS * 2**self._num_failed, MAX_PAUSE_SECONDS)
+        self._num_failed += 1
+        self._last_error, self._rests_until = describe_exception(exc), monotonic() + seconds

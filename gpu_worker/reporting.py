@@ -167,9 +167,12 @@ class WorkerTroubles:
     def engine_ended(self, now: float, description: str) -> None:
         self._ended = now, description
 
-    def found(self, now: float, skew_seconds: float, report_seconds: float) -> dict[Trouble, str]:
-        """In words for operators. `report_seconds`: how long the database takes for a report."""
-        found = {}
+    def found(
+        self, now: float, skew_seconds: float, report_seconds: float, of_claims: str | None = None
+    ) -> dict[Trouble, str]:
+        """In words for operators. `report_seconds`: how long the database takes for a report. `of_claims`: what the
+        intake finds."""
+        found = {} if of_claims is None else {Trouble.CLAIMS: of_claims[:MAX_REASON_LENGTH]}
         if self._ended is not None and now - self._ended[0] < ENDED_SECONDS:
             found[Trouble.ENGINE_ENDED] = f"its engine has ended: {self._ended[1]}"
         if doubt := self._supervisor.doubt:

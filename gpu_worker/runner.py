@@ -214,7 +214,9 @@ class RunnerThread:
                 memory_bytes=self._meter.stats.memory_bytes or None,
                 load_share=self._supervisor.load_share,
                 ready_in_seconds=None if self._supervisor.ready else self._residence.seconds_until_ready(now),
-                troubles=self._troubles.found(now, self._reporter.skew_seconds, self._reporter.seconds),
+                troubles=self._troubles.found(
+                    now, self._reporter.skew_seconds, self._reporter.seconds, self._intake.trouble
+                ),
             )
         elif self._failure is not None:
             self._reporter.fail(now, self._failure.reason)
@@ -323,7 +325,8 @@ class RunnerThread:
             self._batch.release_unstarted()
 
     def _take_jobs_in(self, now: float) -> None:
-        if self._is_loaded is False or not self._residence.is_wanted or self._order_deadline is not None:
+        is_ordered = self._is_loaded is False or self._order_deadline is not None
+        if is_ordered or not self._residence.is_wanted or self._intake.is_resting:
             self._refuse(self._offers.take())
         if self._supervisor.ready is None and self._quarantine.job is None:
             return
@@ -386,6 +389,8 @@ class RunnerThread:
 
     def _count_free(self) -> int:
         if not self._can_take_jobs or self._quarantine.job is not None or self._meter.stats.is_full:
+            return 0
+        if self._intake.is_resting:
             return 0
         return max(0, self._spec.max_num_seqs - self._batch.num_occupied)
 

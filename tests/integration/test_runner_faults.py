@@ -11,11 +11,12 @@ from uuid import UUID
 
 import psutil
 import pytest
+from sqlalchemy import text
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import JobStatus, Lane
 from domain.troubles import Trouble
-from gpu_worker import quarantine, runner
+from gpu_worker import intake, quarantine, runner
 from gpu_worker.quarantine import QuarantineRules
 from gpu_worker.threads import RunnerEventKind
 from storage import job_queries, jobs, troubles
@@ -267,6 +268,27 @@ def test_a_worker_that_is_stopped_on_purpose_takes_along_why_it_gave_a_model_up(
     worker.runner.forget_failure()
     worker.runner.stop(release=True)
     assert told_of(rig) == []
+
+
+def test_a_worker_whose_claims_fail_rests_longer_each_time_tells_why_and_goes_on(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intake, "FIRST_PAUSE_SECONDS", 0.02)
+    worker = rig.start()
+    with rig.sessions.begin() as session:
+        session.execute(text("ALTER TABLE jobs ADD CONSTRAINT refused CHECK (status <> 'in_progress')"))
+    job_id = rig.add_job()
+
+    def is_told() -> bool:
+        worker.offer([job_id])
+        return told_of(rig) == [Trouble.CLAIMS]
+
+    wait_until(is_told, "it tells why")
+    wait_until(lambda: worker.runner.num_free == 0, "others have its room meanwhile")
+    with rig.sessions.begin() as session:
+        session.execute(text("ALTER TABLE jobs DROP CONSTRAINT refused"))
+    wait_until_all_completed(rig, [job_id])
+    wait_until(lambda: told_of(rig) == [], "it is over")
 
 
 def told_of(rig: Rig) -> list[str]:

@@ -34,8 +34,44 @@ class Claims:
     def tell_claimed(self, claimed: list[Any]) -> None:
         self.steps.append("told")
 
-    def submit(self, call: Callable[..., Any], on_done: Callable[[Answer[Any]], None], *_: Any) -> None:
-        on_done(cast(Answer[Any], SimpleNamespace(value=call(False), sent_at=0.0)))
+    def release_others(self, known: frozenset[UUID]) -> None:
+        pass
+
+    def submit(
+        self,
+        call: Callable[..., Any],
+        on_done: Callable[[Answer[Any]], None],
+        on_error: Callable[[Exception], None] | None = None,
+    ) -> None:
+        try:
+            value = call(False)
+        except ValueError as exc:
+            assert on_error is not None
+            on_error(exc)
+        else:
+            on_done(cast(Answer[Any], SimpleNamespace(value=value, sent_at=0.0)))
+
+
+class FailingClaims(Claims):
+    is_broken = True
+
+    def claim(self, *arguments: Any, **options: Any) -> list[Any]:
+        found = super().claim(*arguments, **options)
+        if self.is_broken:
+            raise ValueError("no such column")
+        return found
+
+
+def intake_of(offers: Offers, claims: Claims, spent: list[UUID]) -> Intake:
+    return Intake(
+        offers,
+        cast(Any, claims),
+        cast(Any, claims),
+        Quarantine(),
+        on_claimed=lambda *_: claims.steps.append("taken in"),
+        on_exchanged=lambda *_: None,
+        on_spent=spent.extend,
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,15 +84,7 @@ def test_a_claim_that_found_too_few_jobs_is_repeated_soon(
     monkeypatch.setattr(intake, "monotonic", lambda: now)
     offers, claims = Offers(), Claims()
     spent: list[UUID] = []
-    entry = Intake(
-        offers,
-        cast(Any, claims),
-        cast(Any, claims),
-        Quarantine(),
-        on_claimed=lambda *_: claims.steps.append("taken in"),
-        on_exchanged=lambda *_: None,
-        on_spent=spent.extend,
-    )
+    entry = intake_of(offers, claims, spent)
     claims.num_jobs = num_found
     entry.claim(now - POLL_SECONDS, num_free=4, known=frozenset())
     tickets = [uuid4() for _ in range(num_tickets)]
@@ -69,3 +97,26 @@ def test_a_claim_that_found_too_few_jobs_is_repeated_soon(
     now += SHORTFALL_SECONDS
     entry.claim(now, num_free=4, known=frozenset())
     assert len(claims.limits) == 1 + is_soon
+
+
+def test_claims_that_fail_are_repeated_less_and_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(intake, "monotonic", lambda: now)
+    offers, claims = Offers(), FailingClaims()
+    entry = intake_of(offers, claims, [])
+    claimed_at: list[float] = []
+    while now < 220.0:  # a ticket comes each second, as the janitor finds one missing
+        offers.add(uuid4())
+        num_before = len(claims.limits)
+        entry.claim(now, num_free=4, known=frozenset())
+        entry.look_into_quarantine(now, is_resting=True, known=frozenset())
+        claimed_at += [now] * (len(claims.limits) - num_before)
+        assert (entry.trouble is None) is (len(claimed_at) < 2)
+        now += 1.0
+    assert claimed_at == [100.0, 101.0, 103.0, 107.0, 115.0, 131.0, 161.0, 191.0]
+    told = entry.trouble
+    assert told == "it cannot claim jobs: ValueError: no such column"
+    claims.is_broken = False
+    now += 10.0
+    entry.claim(now, num_free=4, known=frozenset())
+    assert (entry.trouble, entry.is_resting) == (None, False)

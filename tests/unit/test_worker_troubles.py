@@ -40,6 +40,10 @@ def test_an_engine_that_ended_is_told_for_a_while() -> None:
     assert worker.found(100.0 + ENDED_SECONDS + 1, 0.0, 0.0) == {}
 
 
+def test_claims_that_fail_are_told() -> None:
+    assert troubles().found(0.0, 0.0, 0.0, "it cannot claim jobs") == {Trouble.CLAIMS: "it cannot claim jobs"}
+
+
 def test_a_redis_that_is_away_is_told_with_its_error() -> None:
     worker = troubles(redis_away_seconds=6.0, redis_error="TimeoutError: no answer")
     assert worker.found(0.0, 0.0, 0.0) == {Trouble.REDIS: "Redis has not answered it: TimeoutError: no answer"}
