@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -65,6 +65,26 @@ def queue_headers(place: QueueView | None) -> dict[str, str]:
 
 WILL_LOAD = (WorkerState.LOADING, WorkerState.STANDBY)
 
+MAX_UNRANKED = 1_000  # tenants of a model, ranked in ten milliseconds; more are ranked beside the event loop
+
+
+class Ranking:
+    """The order of a model's queues, made when somebody asks for it: of many models, most are asked for nothing."""
+
+    def __init__(self, make: Callable[[], FairOrder] = lambda: FairOrder(())) -> None:
+        self._make = make
+        self._order: FairOrder | None = None
+        self.is_asked_for = False
+
+    def make(self) -> FairOrder:
+        self._order = self._order or self._make()
+        return self._order
+
+    @property
+    def order(self) -> FairOrder:
+        self.is_asked_for = True
+        return self.make()
+
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
@@ -94,9 +114,13 @@ class ModelQueue:
     waiting: Mapping[WaitingFor, Waiting] = field(default_factory=dict)  # only reasons that apply to some job
     allowed_tokens: int = 0  # that the running jobs may generate in all
     committed_tokens: int = 0  # of these
-    order: FairOrder = field(default_factory=lambda: FairOrder(()))
+    ranking: Ranking = field(default_factory=Ranking)
     pace: Pace | None = None  # None: nothing has been measured
     read_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def order(self) -> FairOrder:
+        return self.ranking.order
 
     @property
     def is_loaded(self) -> bool:
@@ -208,13 +232,20 @@ def read_queues(session: Session, catalog: Catalog) -> QueueRead:
     )
 
 
-def queues_of(read: QueueRead, catalog: Catalog, settings: Settings) -> dict[str, ModelQueue]:
-    """The queue of every model in the catalog, by model id. Takes a hundred milliseconds for thousands of tenants."""
+def queues_of(
+    read: QueueRead, catalog: Catalog, settings: Settings, before: Mapping[str, ModelQueue]
+) -> dict[str, ModelQueue]:
+    """The queue of every model in the catalog, by model id. Takes a hundred milliseconds for thousands of tenants.
+    Those are ranked that were asked for `before`, and those that whoever asks first should not wait for."""
     figures, standings = job_queues.figures_of(read.rows), paces.standings_of(read.standings)
-    return {
-        spec.id: _queue_of(spec.id, read, figures.get(spec.id, QueueFigures()), standings, settings)
-        for spec in catalog.entries
-    }
+    queues: dict[str, ModelQueue] = {}
+    for spec in catalog.entries:
+        found = figures.get(spec.id, QueueFigures())
+        queue = queues[spec.id] = _queue_of(spec.id, read, found, standings, settings)
+        is_asked_for = spec.id not in before or before[spec.id].ranking.is_asked_for
+        if is_asked_for or len(found.loads) > MAX_UNRANKED:
+            queue.ranking.make()
+    return queues
 
 
 def _queue_of(
@@ -245,7 +276,7 @@ def _queue_of(
         waiting=_by_reason(queue.waiting, service),
         allowed_tokens=queue.allowed_tokens,
         committed_tokens=queue.committed_tokens,
-        order=_order(queue.loads, standings, read.arrivals.get(model, {})),
+        ranking=Ranking(partial(_order, queue.loads, standings, read.arrivals.get(model, {}))),
         pace=read.paces.get(model) or _pace_by_rate(rate, num_slots),
     )
 

@@ -149,7 +149,7 @@ class QueueMonitor:
     async def _read(self) -> None:
         began_at = time.monotonic()  # what changes during the read may be missing from it
         read = await repeatable(self._sessions, read_queues, self._catalog)
-        queues = await asyncio.to_thread(queues_of, read, self._catalog, self._settings)
+        queues = await asyncio.to_thread(queues_of, read, self._catalog, self._settings, self._queues)
         num_pending, oldest_due_seconds = await repeatable(self._sessions, webhook_deliveries.backlog)
         webhook_deliveries_pending.set(num_pending)
         webhook_oldest_due_seconds.set(oldest_due_seconds)

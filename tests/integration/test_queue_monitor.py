@@ -87,6 +87,34 @@ async def test_the_queues_of_many_tenants_are_ranked_beside_the_event_loop(
     assert threading.current_thread() not in ranked_in
 
 
+async def test_only_the_queues_that_are_asked_for_are_ranked_anew(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranked: list[FairOrder] = []
+
+    class Counted(FairOrder):
+        def __init__(self, tenants: Iterable[TenantQueue]) -> None:
+            super().__init__(tenants)
+            ranked.append(self)
+
+    monkeypatch.setattr(model_queues, "FairOrder", Counted)
+    database = open_statement_database(database_url)
+    specs = [SPEC, *(SPEC.model_copy(update={"id": f"quiet-{number}"}) for number in range(3))]
+    monitor = QueueMonitor(async_session_factory(database), Catalog(specs), Settings())
+    await monitor.read(max_age_seconds=0.0)
+    assert len(ranked) == 4, "who asks first need not wait"
+    monitor.queues[SPEC.id].last_place()
+    for _ in range(2):
+        ranked.clear()
+        await monitor.read(max_age_seconds=0.0)
+        assert len(ranked) == 1
+        assert monitor.queues[SPEC.id].order is ranked[0]
+    ranked.clear()
+    assert monitor.queues["quiet-1"].last_place()["position"] == 0
+    assert len(ranked) == 1
+    await database.dispose()
+
+
 def errors_in(caplog: pytest.LogCaptureFixture) -> set[str]:
     """Those logged with a traceback."""
     return {record.message for record in caplog.records if record.levelname == "ERROR" and record.exc_info}
