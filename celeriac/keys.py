@@ -152,6 +152,15 @@ def limit_key(key_id: str, max_priority: int | None, as_json: bool, **_: int | N
     _change(key_id, as_json, f"The limits of {key_id} are set.", max_priority=max_priority)
 
 
+@keys.command("rename")
+@click.argument("key_id")
+@click.argument("name")
+@json_option
+def rename_key(key_id: str, name: str, as_json: bool) -> None:
+    """Give a key another NAME, which says what it is for."""
+    _change(key_id, as_json, f"Key {key_id} is now named {name!r}.", name=name)
+
+
 @keys.command("disable")
 @click.argument("key_id")
 @json_option
@@ -209,13 +218,19 @@ def delete_key(key_id: str, as_json: bool) -> None:
 
 
 def _change(
-    key_id: str, as_json: bool, message: str, *, is_enabled: bool | None = None, max_priority: int | None = None
+    key_id: str,
+    as_json: bool,
+    message: str,
+    *,
+    is_enabled: bool | None = None,
+    name: str | None = None,
+    max_priority: int | None = None,
 ) -> None:
     from local.lock import settings_here
     from storage import administration
     from storage.administration import KeyChanges
 
-    changes = KeyChanges(is_enabled, max_priority, limits_given())
+    changes = KeyChanges(is_enabled, name, max_priority, limits_given())
     with transaction(settings_here()) as session:
         view = _view(session, administration.change_key(session, key_id, changes, actor=user_here()))
     print_json(view) if as_json else click.echo(message)

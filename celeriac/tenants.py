@@ -110,6 +110,17 @@ def limit_tenant(name: str, as_json: bool, **options: Any) -> None:
     _change(name, changes, as_json, f"The limits of {name} are set.")
 
 
+@tenants.command("rename")
+@click.argument("name")
+@click.argument("new_name")
+@json_option
+def rename_tenant(name: str, new_name: str, as_json: bool) -> None:
+    """Call the tenant NAME by another name. Its keys, jobs, limits and usage stay its own."""
+    from storage.administration import TenantChanges
+
+    _change(name, TenantChanges(name=new_name), as_json, f"Tenant {name} is now named {new_name}.")
+
+
 @tenants.command("disable")
 @click.argument("name")
 @json_option

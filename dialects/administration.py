@@ -1,5 +1,6 @@
 """Tenants, keys and the audit log as administrators see them, in /v1/admin and as the JSON of `celeriac`."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NotRequired
 
@@ -33,9 +34,7 @@ class AdminBody(FirstErrorModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TenantChangesBody(AdminBody):
-    """POST /v1/admin/tenants/{tenant}: the fields that are given are changed."""
-
+class TenantStandingBody(AdminBody):
     enabled: bool | None = Field(default=None, description="false: none of its keys is valid.")
     weight: float | None = Field(default=None, ge=MIN_WEIGHT, le=MAX_WEIGHT, description="Its share while others wait.")
     max_priority: int | None = Field(
@@ -50,11 +49,27 @@ class TenantChangesBody(AdminBody):
     limits: Limits | None = Field(default=None, description="All of its limits; those that are missing are removed.")
 
     def to_changes(self) -> TenantChanges:
-        limits = _whole(self.limits)
-        return TenantChanges(self.enabled, self.weight, self.max_priority, self.retention_seconds, limits)
+        return TenantChanges(
+            is_enabled=self.enabled,
+            weight=self.weight,
+            max_priority=self.max_priority,
+            retention_seconds=self.retention_seconds,
+            limits=_whole(self.limits),
+        )
 
 
-class TenantBody(TenantChangesBody):
+class TenantChangesBody(TenantStandingBody):
+    """POST /v1/admin/tenants/{tenant}: the fields that are given are changed."""
+
+    name: TenantName | None = Field(
+        default=None, description="Its new name. Entries of the audit log keep the old one."
+    )
+
+    def to_changes(self) -> TenantChanges:
+        return replace(super().to_changes(), name=self.name)
+
+
+class TenantBody(TenantStandingBody):
     """POST /v1/admin/tenants."""
 
     name: TenantName
@@ -75,11 +90,12 @@ class KeyChangesBody(AdminBody):
     """POST /v1/admin/keys/{key_id}: the fields that are given are changed."""
 
     enabled: bool | None = None
+    name: KeyName | None = Field(default=None, description="What the key is for.")
     max_priority: int | None = KEY_PRIORITY
     limits: Limits | None = Field(default=None, description="All of its limits; those that are missing are removed.")
 
     def to_changes(self) -> KeyChanges:
-        return KeyChanges(self.enabled, self.max_priority, _whole(self.limits))
+        return KeyChanges(self.enabled, self.name, self.max_priority, _whole(self.limits))
 
 
 class KeyRotationBody(AdminBody):

@@ -28,6 +28,7 @@ class TenantChanges:
     """None: unchanged."""
 
     is_enabled: bool | None = None
+    name: str | None = None
     weight: float | None = None
     max_priority: int | None = None
     retention_seconds: int | None = None
@@ -36,6 +37,7 @@ class TenantChanges:
     def as_json(self) -> dict[str, Any]:
         return _given(
             enabled=self.is_enabled,
+            name=self.name,
             weight=self.weight,
             max_priority=self.max_priority,
             retention_seconds=self.retention_seconds,
@@ -48,11 +50,17 @@ class KeyChanges:
     """None: unchanged."""
 
     is_enabled: bool | None = None
+    name: str | None = None
     max_priority: int | None = None
     limits: Limits = NO_LIMITS
 
     def as_json(self) -> dict[str, Any]:
-        return _given(enabled=self.is_enabled, max_priority=self.max_priority, limits=_limits_json(self.limits))
+        return _given(
+            enabled=self.is_enabled,
+            name=self.name,
+            max_priority=self.max_priority,
+            limits=_limits_json(self.limits),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +118,15 @@ def names_of_tenants(session: Session, ids: Iterable[UUID]) -> dict[UUID, str]:
 
 def create_tenant(session: Session, name: str, changes: TenantChanges, *, actor: str) -> Tenant:
     """Raises InvalidRequest if the name is taken or cannot be one."""
+    _take_name(session, name)
+    tenant = tenants.create_tenant(session, name)
+    _apply(session, tenant, changes)
+    _note(session, actor, "tenant.create", name, changes=changes.as_json())
+    return tenant
+
+
+def _take_name(session: Session, name: str) -> None:
+    """Until the end of the transaction nobody else gets it. Raises InvalidRequest."""
     if not is_tenant_name(name):
         raise InvalidRequest(
             f"name is {name[:64]!r}; a tenant's name has 1 to 64 letters, digits or . _ @ -, and begins with a letter "
@@ -123,15 +140,16 @@ def create_tenant(session: Session, name: str, changes: TenantChanges, *, actor:
             f"celeriac tenants limit {name}",
             param="name",
         )
-    tenant = tenants.create_tenant(session, name)
-    _apply(session, tenant, changes)
-    _note(session, actor, "tenant.create", name, changes=changes.as_json())
-    return tenant
 
 
 def change_tenant(session: Session, name: str, changes: TenantChanges, *, actor: str) -> Tenant:
-    """Raises NotFound."""
+    """Raises NotFound, or InvalidRequest."""
     tenant = find_tenant(session, name, is_locked=True)
+    if changes.name is not None and changes.name != name:
+        if tenant.id == DEFAULT_TENANT_ID:
+            raise InvalidRequest(f"{name} is the tenant of requests without a key and keeps its name", param="name")
+        _take_name(session, changes.name)
+        tenant.name = changes.name
     _apply(session, tenant, changes)
     _note(session, actor, "tenant.change", name, changes=changes.as_json())
     return tenant
@@ -230,9 +248,13 @@ def change_key(session: Session, key_id: str, changes: KeyChanges, *, actor: str
         row.revoked_at = None if changes.is_enabled else session.scalar(select(func.statement_timestamp()))
     if changes.max_priority is not None:
         row.max_priority = changes.max_priority
+    old_name = row.name
+    if changes.name is not None:
+        row.name = changes.name
     limits.change_key_limits(session, row.tenant_id, key_id, changes.limits)
     session.flush()
-    _note(session, actor, "key.change", _name_of(session, row), key_id, changes.as_json())
+    renamed = {"old_name": old_name} if row.name != old_name else {}
+    _note(session, actor, "key.change", _name_of(session, row), key_id, changes.as_json() | renamed)
     return row
 
 

@@ -93,6 +93,30 @@ def test_a_key_is_told_what_it_may_do(api: ApiServer, admin: httpx.Client) -> No
             assert client.get("/v1/key").json() == {"object": "api_key", "id": made["id"], "scopes": held}
 
 
+def test_tenants_and_keys_are_renamed_and_keep_what_is_theirs(api: ApiServer, admin: httpx.Client) -> None:
+    make_tenant_of(admin, "reserch", limits={"streams": 3})
+    make_tenant_of(admin, "other")
+    key = make_key(admin, tenant="reserch", name="ci")
+    with api.client(key["key"]) as client:
+        job = post_job(client)
+        renamed = admin.post("/v1/admin/tenants/reserch", json={"name": "research"}).json()
+        assert (renamed["id"], renamed["name"], renamed["limits"]["streams"]) == ("research", "research", 3)
+        assert client.get(f"/v1/jobs/{job['id']}").status_code == 200
+    assert admin.get("/v1/admin/tenants/reserch").status_code == 404
+    assert admin.get("/v1/admin/keys", params={"tenant": "research"}).json()["data"][0]["id"] == key["id"]
+    changed = admin.post(f"/v1/admin/keys/{key['id']}", json={"name": "nightly"}).json()
+    assert (changed["name"], changed["tenant"], changed["status"]) == ("nightly", "research", "valid")
+    assert admin.post(f"/v1/admin/keys/{key['id']}", json={"enabled": True}).json()["name"] == "nightly"
+    for tenant, name in (("research", "other"), ("research", "not a name"), ("research", ""), ("default", "mine")):
+        refused = admin.post(f"/v1/admin/tenants/{tenant}", json={"name": name})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "name"), refused.text
+    assert admin.post(f"/v1/admin/keys/{key['id']}", json={"name": "x" * 257}).status_code == 400
+    assert admin.post("/v1/admin/tenants/research", json={"name": "research"}).status_code == 200
+    audit = [(entry["tenant"], entry["changes"]) for entry in admin.get("/v1/admin/audit").json()["data"]]
+    assert ("reserch", {"name": "research"}) in audit
+    assert ("research", {"name": "nightly", "old_name": "ci"}) in audit
+
+
 def test_a_tenant_is_made_limited_disabled_and_deleted(api: ApiServer, admin: httpx.Client) -> None:
     made = make_tenant_of(admin, "research", weight=2, limits={"queued_jobs": 1, "tokens_per_day": 500})
     assert (made["weight"], made["limits"]["queued_jobs"], made["limits"]["tokens_per_day"]) == (2, 1, 500)

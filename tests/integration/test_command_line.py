@@ -242,7 +242,8 @@ batch run {file} -o {file}.out | batch get nope -o {file}.out
 tenants create told | tenants list | tenants show told | tenants limit told --streams 5 | tenants disable told
 tenants enable told | tenants erase told --metadata user=x --yes | tenants audit
 keys create --tenant told | keys list | keys show {key} | keys limit {key} --streams 3 | keys disable {key}
-keys enable {key} | keys rotate {key} | keys delete {key} | tenants delete told
+keys enable {key} | keys rename {key} nightly | keys rotate {key} | keys delete {key} | tenants rename told tolled
+tenants delete tolled
 """
 REFUSED = ("models remove", "models pull", "dead-letters retry", "dead-letters delete", "batch get")
 

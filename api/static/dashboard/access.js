@@ -25,18 +25,23 @@ function LimitFields({ limits }) {
   return html`<div class="grid four">${LIMITS.map((name) => html`<${Field} key=${name} label=${inWords(name)}><input type="number" name=${name} min="1" step="1" defaultValue=${limits[name] ?? ""} placeholder="no limit" /><//>`)}</div>`;
 }
 
-// A button that opens a form for all limits of a tenant or a key, and how far its jobs pass those of other tenants.
-function ChangeLimits({ path, of, reload }) {
+const TENANT_NAME = { required: true, maxlength: "64", pattern: "[A-Za-z0-9][A-Za-z0-9._@\\-]*" };
+
+// A button that opens a form for a tenant or a key: its name, all of its limits, and how far its jobs pass those of other tenants.
+function Change({ path, of, nameRules, onChange }) {
   const [isOpen, open] = useState(false);
   const [act, error, isBusy] = useAction();
   const form = useRef(null);
   const onSubmit = (event) => {
     event.preventDefault();
-    act(() => post(path, { limits: limitsOf(form.current), max_priority: Number(form.current.elements.max_priority.value) })).then((done) => done && (open(false), reload()));
+    const { name, max_priority } = form.current.elements;
+    const renamed = name.value === of.name ? {} : { name: name.value };
+    act(() => post(path, { ...renamed, limits: limitsOf(form.current), max_priority: Number(max_priority.value) })).then((done) => done && (open(false), onChange(done)));
   };
   if (!isOpen) return html`<button type="button" class="quiet" onClick=${() => open(true)}>Change</button>`;
   return html`
     <form class="inset" ref=${form} onSubmit=${onSubmit}>
+      <${Field} label="name"><input name="name" ...${nameRules} defaultValue=${of.name} autocomplete="off" spellcheck="false" /><//>
       <${LimitFields} limits=${of.limits} />
       <${Field} label="max priority" hint="0 to 10: how far its jobs pass those of other tenants"><input type="number" name="max_priority" min="0" max="10" step="1" required defaultValue=${of.max_priority} /><//>
       ${error && html`<${Problem} error=${error} />`}
@@ -61,7 +66,7 @@ function Tenant({ tenant, isAlone, reload }) {
           ${tenant.enabled ? html`<${Confirmed} label="Disable" question="Refuse all of its keys?" onConfirm=${() => turn(false)} />` : html`<button type="button" onClick=${() => turn(true)}>Enable</button>`}
         </span>
       </header>
-      <div class="limits"><span class="soft">Limits:</span> <${Limits} limits=${tenant.limits} /><${ChangeLimits} path=${path} of=${tenant} reload=${reload} /></div>
+      <div class="limits"><span class="soft">Limits:</span> <${Limits} limits=${tenant.limits} /><${Change} path=${path} of=${tenant} nameRules=${TENANT_NAME} onChange=${({ name }) => (isAlone && name !== tenant.name ? visit("access", { tenant: name }) : reload())} /></div>
       ${isErasing && html`<${Erasures} tenant=${tenant.name} />`}
       ${error && html`<${Problem} error=${error} />`}
     </li>
@@ -78,7 +83,7 @@ function NewTenant({ reload }) {
   };
   return html`
     <form class="filters" ref=${form} onSubmit=${onSubmit}>
-      <${Field} label="New tenant"><input name="name" required maxlength="64" pattern="[A-Za-z0-9][A-Za-z0-9._@\\-]*" autocomplete="off" placeholder="letters, digits and . _ @ -" /><//>
+      <${Field} label="New tenant"><input name="name" ...${TENANT_NAME} autocomplete="off" placeholder="letters, digits and . _ @ -" /><//>
       <${Field} label="Weight" hint="its share while others wait"><input name="weight" type="number" min="0.01" step="any" defaultValue="1" required /><//>
       <button disabled=${isBusy}>Add</button>
     </form>
@@ -139,7 +144,7 @@ function Key({ apiKey, reload }) {
           <${Confirmed} label="Delete" question="Delete it for good?" onConfirm=${() => act(() => remove(path)).then(reload)} />
         </span>
       </header>
-      <div class="limits"><span class="soft">Limits:</span> <${Limits} limits=${apiKey.limits} /><${ChangeLimits} path=${path} of=${apiKey} reload=${reload} /></div>
+      <div class="limits"><span class="soft">Limits:</span> <${Limits} limits=${apiKey.limits} /><${Change} path=${path} of=${apiKey} nameRules=${{ maxlength: "256" }} onChange=${reload} /></div>
       ${error && html`<${Problem} error=${error} />`}
       ${secret && html`<${Shown} secret=${secret} />`}
     </li>
