@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -91,7 +92,8 @@ class Settings(BaseSettings):
 
     # Webhooks (docs/webhooks.md)
     webhook_ports: str = Field(default="443,8443", pattern=r"^[0-9]{1,5}(,[0-9]{1,5})*$")  # the allowed ones
-    webhook_private_targets: bool = False  # allow http, any port and private addresses, for tests and intranets
+    webhook_private_networks: str = ""  # whose addresses webhooks may reach besides public ones, comma-separated
+    webhook_private_targets: bool = False  # allow http, any port and any address, for tests on this machine
 
     # Celery callbacks (docs/celery.md)
     callback_broker_url: str | None = None  # the broker of clients' Celery applications; default: no callbacks
@@ -140,6 +142,16 @@ class Settings(BaseSettings):
         """Normalise the URL to redis-py's form, with all TLS options explicit."""
         return RedisUrl.read(url).for_redis
 
+    @field_validator("webhook_private_networks")
+    @classmethod
+    def _readable_networks(cls, text: str) -> str:
+        for item in _items(text):
+            try:
+                ip_network(item)
+            except ValueError:
+                raise ValueError(f"{item[:80]!r} is not a network; use a form like 10.1.0.0/16 or fd12::/48") from None
+        return text
+
     @field_validator("allowed_hosts")
     @classmethod
     def _readable_hosts(cls, text: str) -> str:
@@ -179,6 +191,10 @@ class Settings(BaseSettings):
     @property
     def allowed_host_names(self) -> tuple[str, ...]:
         return _items(self.allowed_hosts)
+
+    @property
+    def webhook_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        return tuple(map(ip_network, _items(self.webhook_private_networks)))
 
     @property
     def cors_origin_list(self) -> tuple[str, ...]:

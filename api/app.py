@@ -30,7 +30,7 @@ from api import (
 )
 from api.anthropic_batches import MAX_BATCH_BYTES
 from api.errors import ImpliedMethods, register_error_handlers
-from api.exposure import refuse_public_access_without_keys
+from api.exposure import refuse_development_settings
 from api.middleware import BodyLimit, Cors, OriginGuard, RequestContext
 from api.openai import batches, compact, conversations, files, inference, response_socket, responses
 from api.openai.files import FORM_BYTES
@@ -103,7 +103,7 @@ def create_app(settings: Settings | None = None, catalog: Catalog | None = None)
     """Raises ValueError if the settings would open the API to strangers, or if the models file is invalid."""
     settings = settings or get_settings()
     catalog = catalog or settings.load_catalog()
-    refuse_public_access_without_keys(settings)
+    refuse_development_settings(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -110,7 +110,7 @@ def up(model: str | None, first_job: bool) -> None:
     API, one GPU worker (and one more for each model with autostart = true), maintenance and Flower. Processes that die
     are restarted. Logs and data are in .celeriac. If a port is taken, the next free one is used.
     """
-    from api.exposure import refuse_public_access_without_keys
+    from api.exposure import refuse_development_settings
     from celeriac.up import Up
     from domain.errors import ModelUnavailable
     from settings import get_settings
@@ -118,7 +118,7 @@ def up(model: str | None, first_job: bool) -> None:
     _set("CELERIAC_DEFAULT_MODEL", model)
     settings = get_settings()
     with _explained(ValueError):
-        refuse_public_access_without_keys(settings)
+        refuse_development_settings(settings)
     catalog = read_catalog(settings)
     refuse_unknown_default(settings, catalog)
     with _explained(ModelUnavailable):
@@ -139,11 +139,11 @@ def api(host: str | None, port: int | None, processes: int | None) -> None:
     _set("CELERIAC_API_PROCESSES", processes)
     _name_in_traces("api")
     settings = _settings()
-    from api.exposure import refuse_public_access_without_keys
+    from api.exposure import refuse_development_settings
     from api.server import serve
 
     with _explained(ValueError):
-        refuse_public_access_without_keys(settings)
+        refuse_development_settings(settings)
         read_catalog(settings)
     refuse_shared_sessions(settings)
     refuse_taken_port("CELERIAC_PORT", settings.host, settings.port)

@@ -14,11 +14,11 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from uuid import UUID
 
 from domain.jobs import JobStatus, external_id
@@ -102,6 +102,17 @@ def is_public_address(address: str) -> bool:
         return False
     is_indirect = any(parsed in network for network in _INDIRECT if network.version == parsed.version)
     return parsed.is_global and not parsed.is_multicast and not parsed.is_reserved and not is_indirect
+
+
+def is_in(address: str, networks: Iterable[IPv4Network | IPv6Network]) -> bool:
+    """Whether this is an address in one of the networks. False for malformed or scoped ones."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return False
+    if isinstance(parsed, IPv6Address) and parsed.scope_id is not None:
+        return False
+    return any(parsed.version == network.version and parsed in network for network in networks)
 
 
 #: The final statuses that a webhook can report.

@@ -22,7 +22,7 @@ from threading import Lock, Thread
 
 import httpcore
 
-from domain.webhooks import BadWebhookUrl, WebhookUrl, is_local_name, is_public_address, parse_webhook_url
+from domain.webhooks import BadWebhookUrl, WebhookUrl, is_in, is_local_name, is_public_address, parse_webhook_url
 from settings import Settings
 
 CONNECT_SECONDS = 3.0
@@ -97,11 +97,12 @@ LOOKUPS = LookupThreads()
 
 
 class TargetGuard:
-    """Checks whether the settings allow a target. `webhook_private_targets` also allows http, any port and any
-    address."""
+    """Checks whether the settings allow a target. `webhook_private_networks` also allow addresses in them, and http to
+    these; `webhook_private_targets` allows http, any port and any address."""
 
     def __init__(self, settings: Settings, resolve: Resolve = LOOKUPS.resolve) -> None:
         self._allows_private = settings.webhook_private_targets
+        self._networks = settings.webhook_networks
         self._ports = frozenset(int(port) for port in settings.webhook_ports.split(","))
         self._resolve = resolve
 
@@ -110,13 +111,13 @@ class TargetGuard:
         url = parse_webhook_url(text)
         if self._allows_private:
             return url
-        if url.scheme != "https":
+        if url.scheme != "https" and not self._networks:
             raise BadWebhookUrl("it begins with http://; use one that begins with https://")
         if url.port not in self._ports:
             raise BadWebhookUrl(
                 f"the port is {url.port}; the allowed ports are: {', '.join(map(str, sorted(self._ports)))}"
             )
-        if is_local_name(url.host):
+        if is_local_name(url.host) and not self._networks:
             raise BadWebhookUrl("the host is a private name; use a public one")
         return url
 
@@ -126,13 +127,15 @@ class TargetGuard:
         url = self.parse(text)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                await self.addresses(url.host, url.port)
+                found = await self.addresses(url.host, url.port)
         except TargetRefused:
             raise BadWebhookUrl("the address of the host is not public; use a public host") from None
         except TargetUnknown:
             raise BadWebhookUrl("the host has no address; check the name") from None
         except (OSError, TimeoutError):
             return url
+        if url.scheme != "https" and not self._allows_private and not all(map(self._is_in_networks, found)):
+            raise BadWebhookUrl("it begins with http://, and the host is not in a network of the operator's; use https")
         return url
 
     async def addresses(self, host: str, port: int) -> list[str]:
@@ -148,9 +151,12 @@ class TargetGuard:
             raise TargetUnknown(host) from None
         if not found:
             raise TargetUnknown(host)
-        if not self._allows_private and not all(map(is_public_address, found)):
+        if not self._allows_private and not all(is_public_address(one) or self._is_in_networks(one) for one in found):
             raise TargetRefused(host)
         return found
+
+    def _is_in_networks(self, address: str) -> bool:
+        return bool(self._networks) and is_in(address, self._networks)
 
 
 class GuardedNetwork(httpcore.AsyncNetworkBackend):

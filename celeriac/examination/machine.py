@@ -74,7 +74,7 @@ def setting_results(settings: Settings) -> Iterator[CheckResult]:
         (
             settings.webhook_private_targets,
             "CELERIAC_WEBHOOK_PRIVATE_TARGETS=true: a tenant's webhooks reach services in your network",
-            "unset it, unless all tenants are trusted",
+            "unset it, or name their networks instead in CELERIAC_WEBHOOK_PRIVATE_NETWORKS",
         ),
         (settings.log_level == "DEBUG", "CELERIAC_LOG_LEVEL=DEBUG: logs grow fast", "set it to INFO"),
         (

@@ -151,6 +151,13 @@ def test_an_api_without_keys_serves_this_machine_only(host: str) -> None:
     create_app(Settings(host=host, auth="api_key"), CATALOG)
 
 
+def test_an_api_that_others_reach_sends_webhooks_to_no_private_targets() -> None:
+    with pytest.raises(ValueError, match="name the networks of your receivers"):
+        create_app(Settings(host="0.0.0.0", auth="api_key", webhook_private_targets=True), CATALOG)
+    create_app(Settings(host="127.0.0.1", auth="api_key", webhook_private_targets=True), CATALOG)
+    create_app(Settings(host="0.0.0.0", auth="api_key", webhook_private_networks="10.1.0.0/16"), CATALOG)
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.8.8.8"])
 def test_an_api_on_the_loopback_needs_no_keys(host: str) -> None:
     create_app(Settings(host=host), Catalog(list(CATALOG)))

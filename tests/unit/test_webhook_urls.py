@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import httpcore
 import pytest
+from pydantic import ValidationError
 
 from domain.webhooks import BadWebhookUrl, is_public_address, parse_webhook_url
 from settings import Settings
@@ -191,6 +192,31 @@ def test_private_targets_can_be_allowed() -> None:
     assert asyncio.run(guard.check("http://localhost:8080/hook")).port == 8080
     with pytest.raises(BadWebhookUrl):  # an address is still no name
         guard.parse("http://127.0.0.1:8080/hook")
+
+
+def test_an_operators_networks_are_reached_also_by_http_and_nothing_else_is() -> None:
+    settings = Settings(webhook_private_networks="10.1.0.0/16, fd12::/48", webhook_ports="80,443")
+
+    async def check(url: str, *addresses: str) -> None:
+        await TargetGuard(settings, resolver(*addresses)).check(url)
+
+    for address in ("10.1.2.3", "fd12::1"):
+        for url in ("http://hooks.internal/", "https://hooks/", "https://example.com/"):
+            asyncio.run(check(url, address))
+    for addresses in (("10.2.0.1",), ("169.254.169.254",), ("127.0.0.1",), ("10.1.2.3", "10.2.0.1"), ("fd13::1",)):
+        with pytest.raises(BadWebhookUrl, match="not public"):
+            asyncio.run(check("https://hooks.internal/", *addresses))
+    with pytest.raises(BadWebhookUrl, match="not in a network"):
+        asyncio.run(check("http://example.com/", "8.8.8.8"))
+    with pytest.raises(BadWebhookUrl, match="allowed ports"):
+        asyncio.run(check("https://hooks.internal:5432/", "10.1.2.3"))
+    asyncio.run(check("https://example.com/", "8.8.8.8"))
+
+
+@pytest.mark.parametrize("text", ["10.1.0.0/33", "10.1.2.3/16", "intranet", "10.1.0.0/16 10.2.0.0/16"])
+def test_networks_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValidationError, match="is not a network; use a form like"):
+        Settings(webhook_private_networks=text)
 
 
 def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
