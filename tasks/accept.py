@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from itertools import chain
 from uuid import UUID
 
-from pydantic import ValidationError
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
@@ -292,19 +291,16 @@ def _commit(
 class _NotAnswered(Exception):
     """Known answers could not be given, so the group is accepted again, to be run."""
 
-    def __init__(self, cause: DBAPIError | ValidationError | answers.UnreadableAnswers) -> None:
+    def __init__(self, cause: DBAPIError | answers.UnreadableAnswers) -> None:
         super().__init__()
         self.cause = cause
 
 
 @contextmanager
 def _told_apart() -> Iterator[None]:
-    """Raises _NotAnswered if the database refuses to answer, though not if it is away, or if an answer cannot be
-    read."""
+    """Raises _NotAnswered if the database refuses to answer, though not if it is away."""
     try:
         yield
-    except ValidationError as exc:
-        raise _NotAnswered(exc) from exc
     except DBAPIError as exc:
         if exc.connection_invalidated:
             raise
