@@ -11,7 +11,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence, Set
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -122,7 +122,7 @@ class Examiner:
         self._others = others
         self._looking = asyncio.Lock()
         self._seen: list[Reason] = []
-        self._seen_at = float("-inf")  # monotonic
+        self._seen_at = float("-inf")  # monotonic: when the last look began
         self._written_at = float("-inf")  # monotonic
         self._write_reason: Reason | None = None
         self._blocker: Reason | None = None
@@ -134,11 +134,13 @@ class Examiner:
 
     async def look(self, *, max_age_seconds: float) -> Findings:
         """What is wrong, looked at again if that is older than this. Never raises for what it finds."""
-        async with self._looking:
-            if time.monotonic() - self._seen_at > max_age_seconds:
+        asked_at = time.monotonic()
+        async with self._looking:  # those that waited for the lock find what was begun since they asked
+            if asked_at - self._seen_at > max_age_seconds:
+                began_at = time.monotonic()
                 of_database, of_redis = await asyncio.gather(self._database_reasons(), self._redis.reasons())
                 of_others = await self._process_reasons({reason.code for reason in (*of_database, *of_redis)})
-                self._seen, self._seen_at = [*of_database, *of_redis, *of_others], time.monotonic()
+                self._seen, self._seen_at = [*of_database, *of_redis, *of_others], began_at
                 self._publish()
         return self._findings
 
@@ -162,12 +164,19 @@ class Examiner:
     # PostgreSQL
 
     async def _database_reasons(self) -> list[Reason]:
-        asked_at, began_at = time.time(), time.monotonic()
         try:
-            state = await self._ask(troubles.server_state)
+            return await self._reasons_by_database()
         except (SQLAlchemyError, OSError) as exc:
-            self._was_away_at = time.monotonic()
-            return [refusal(exc)]
+            return [self._away(exc)]
+
+    def _away(self, exc: BaseException) -> Reason:
+        self._was_away_at = time.monotonic()
+        return refusal(exc)
+
+    async def _reasons_by_database(self) -> list[Reason]:
+        """Raises SQLAlchemyError or OSError if it is away."""
+        asked_at, began_at = time.time(), time.monotonic()
+        state = await self._ask(troubles.server_state)
         reasons = list(_state_reasons(state, asked_at, time.time()))
         reasons += await self._slowness_reasons(time.monotonic() - began_at)
         if state.is_standby:
@@ -233,6 +242,12 @@ class Examiner:
         """Also reports that this one runs."""
         if codes & (FATAL | {ReasonCode.DATABASE_SCHEMA}):
             return []
+        try:
+            return await self._reasons_by_processes(codes)
+        except (SQLAlchemyError, OSError) as exc:
+            return [self._away(exc)]
+
+    async def _reasons_by_processes(self, codes: Set[ReasonCode]) -> list[Reason]:
         lost = observability.lost_lines()
         own = {} if lost is None else {Trouble.LOG.value: f"its log takes no lines: {lost}"}
         await self._answer(_beat, self._report, own)
@@ -244,16 +259,19 @@ class Examiner:
 
     async def leave(self) -> None:
         """It stops, and is not to be missed."""
-        await self._answer(_forget, self._report.id)
+        with suppress(SQLAlchemyError, OSError):
+            await self._ask(_forget, self._report.id)
 
     async def _answer(self, function: Callable[..., list[T]], *args: Any) -> list[T]:
-        """Nothing, if the database does not answer."""
+        """Nothing, if the database does not answer this, such as for a lock or for want of a right. Raises
+        SQLAlchemyError or OSError if it does not answer the simplest query either: then it has begun to hang, or went
+        away, during the look, which would take seconds for each of its questions."""
         try:
             return await self._ask(function, *args)
         except (SQLAlchemyError, OSError) as exc:
-            # Another look tells why.
             log.debug("could not examine the database", extra={"reason": describe_exception(exc)})
-            return []
+        await self._ask(_nothing)
+        return []
 
     def _ask(self, function: Callable[..., T], *args: Any) -> Awaitable[T]:
         return within(CHECK_SECONDS, repeatable(self._sessions, function, *args))

@@ -1,13 +1,23 @@
-"""What PostgreSQL says when it refuses a connection becomes a reason with a remedy, and tells nobody where it is."""
+"""What PostgreSQL says when it refuses a connection becomes a reason with a remedy, and tells nobody where it is. What
+was seen is as old as the beginning of the look."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, cast
+from uuid import uuid4
 
 import pytest
 from sqlalchemy.exc import OperationalError
 
-from api.examiner import refusal
-from api.reasons import ReasonCode, silent_process_reasons, silent_worker_reasons, told_reasons
+from api.examiner import Examiner, refusal
+from api.reasons import FATAL, Reason, ReasonCode, silent_process_reasons, silent_worker_reasons, told_reasons
 from domain.troubles import WORDS, Trouble
 from settings import ROOT
-from storage.troubles import SilentProcess, SilentWorker, Told
+from storage.processes import ProcessKind, ProcessReport
+from storage.troubles import ServerState, SilentProcess, SilentWorker, Told
+from tests.waiting import wait_until_async
 
 WHERE = 'connection failed: connection to server at "10.1.2.3", port 5432 failed: '
 
@@ -76,3 +86,65 @@ def test_every_trouble_has_words_and_a_code_of_the_metric() -> None:
 def test_the_runbook_has_every_code() -> None:
     runbook = (ROOT / "docs/runbooks.md").read_text()
     assert [code for code in ReasonCode if f"`{code.value}`" not in runbook] == []
+
+
+class Looks(Examiner):
+    """Its questions are counted. Once it `hangs`, PostgreSQL answers none of them."""
+
+    def __init__(self) -> None:
+        async def none() -> list[Reason]:
+            return []
+
+        redis: Any = SimpleNamespace(reasons=none, servers=[])
+        report = ProcessReport(uuid4(), ProcessKind.API, "api 1 on host", "1")
+        super().__init__(cast(Any, None), redis, lambda seen: iter(()), report)
+        self.asked: list[str] = []
+        self.hangs_after: str | None = None
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+
+    async def _ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        self.asked.append(function.__name__)
+        await self.may_answer.wait()
+        if self.hangs_after in self.asked[:-1]:
+            raise TimeoutError
+        if function.__name__ == "server_state":
+            return ServerState(time.time(), is_standby=False, num_connections=1, max_connections=100, num_reserved=3)
+        return []
+
+
+async def codes_of(looks: Looks, **options: float) -> Sequence[ReasonCode]:
+    return [reason.code for reason in (await looks.look(**options)).reasons]
+
+
+def test_a_hang_that_begins_during_a_look_is_told_by_that_look() -> None:
+    async def look(after: str) -> None:
+        looks = Looks()
+        assert await codes_of(looks, max_age_seconds=0.0) == []
+        assert after in looks.asked
+        looks.asked.clear()
+        looks.hangs_after = after
+        looks._written_at = looks._certificates_due_at = float("-inf")
+        looks._was_away_at = float("-inf")
+        assert await codes_of(looks, max_age_seconds=0.0) == [ReasonCode.DATABASE_UNAVAILABLE]
+        assert looks.asked[-1] == "_nothing"
+        assert len(looks.asked) - looks.asked.index(after) <= 4, "each question takes seconds"
+        assert ReasonCode.DATABASE_UNAVAILABLE in FATAL
+
+    for after in ("server_state", "blockers", "_beat"):
+        asyncio.run(look(after))
+
+
+def test_what_was_seen_is_as_old_as_the_beginning_of_the_look() -> None:
+    async def look() -> None:
+        looks = Looks()
+        looks.may_answer.clear()
+        slow = asyncio.create_task(looks.look(max_age_seconds=60.0))
+        await wait_until_async(lambda: bool(looks.asked))
+        late = asyncio.create_task(looks.look(max_age_seconds=0.0))  # it asks after the look has begun
+        patient = asyncio.create_task(looks.look(max_age_seconds=60.0))
+        looks.may_answer.set()
+        await asyncio.gather(slow, late, patient)
+        assert looks.asked.count("server_state") == 2
+
+    asyncio.run(look())
