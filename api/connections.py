@@ -159,9 +159,9 @@ class BoundedHttp(HttpToolsProtocol):
 
     def handle_websocket_upgrade(self) -> None:
         # Imported for the first WebSocket, as most servers never see one.
-        from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+        from api.patient_sockets import PatientSocket
 
-        self.ws_protocol_class = WebSocketsSansIOProtocol
+        self.ws_protocol_class = PatientSocket
         super().handle_websocket_upgrade()
 
     def _should_upgrade_to_ws(self) -> bool:

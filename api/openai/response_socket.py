@@ -102,6 +102,8 @@ class ResponseSocket:
                     timeout=settings.stream_lifetime_seconds,
                     return_when=asyncio.FIRST_COMPLETED,
                 )
+                if drained.done() and not reading.done() and not revoked.done():
+                    await self._finish(reading, revoked)
             if revoked.done():
                 self._reason = "revoked"
                 await self._close(POLICY, AuthenticationFailed("this API key was revoked"))
@@ -110,12 +112,25 @@ class ResponseSocket:
                 await self._close(TRY_AGAIN, _too_old(settings.stream_lifetime_seconds))
             elif not reading.done():
                 self._reason = "draining"
-                await self._close(RESTART, ServerOverloaded("this server is restarting; connect again"))
+                await self._close(RESTART, _restarting())
         finally:
             tasks = (reading, revoked, drained, *self._lanes.values())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _finish(self, *ends: asyncio.Task[None]) -> None:
+        """Responses that have begun come to their end, as on HTTP, unless that takes too long (docs/adr/0075)."""
+        last_call = asyncio.create_task(self._services.last_call.wait())
+        answered = asyncio.create_task(self._wait_for_lanes())
+        await asyncio.wait((*ends, last_call, answered), return_when=asyncio.FIRST_COMPLETED)
+        for task in (last_call, answered):
+            task.cancel()
+        await asyncio.gather(last_call, answered, return_exceptions=True)
+
+    async def _wait_for_lanes(self) -> None:
+        while lanes := [task for task in self._lanes.values() if not task.done()]:
+            await asyncio.wait(lanes)
 
     async def _read(self) -> None:
         """Returns when the client has gone."""
@@ -177,6 +192,8 @@ class ResponseSocket:
     async def _answer(self, create: CreateMessage) -> None:
         """Raises CeleriacError if there will be no response."""
         services, lane = self._services, create.stream_id
+        if services.draining.is_set():
+            raise _restarting()
         await _authenticate(services, self._websocket)  # its limits may have changed since the connection was opened
         await services.starts.take(self._websocket.state.tenant_id)
         services.slots.refuse_if_full()
@@ -262,6 +279,10 @@ def _as_message(event: Mapping[str, Any], lane: str | None) -> dict[str, Any]:
     http = HTTP_BY_CODE[event["code"]]
     error = {"type": http.type, "code": event["code"], "message": event["message"], "param": event["param"]}
     return _on_lane({"type": "error", "status": http.status, "error": error}, lane)
+
+
+def _restarting() -> CeleriacError:
+    return ServerOverloaded("this server is restarting; connect again")
 
 
 def _too_old(seconds: float) -> CeleriacError:

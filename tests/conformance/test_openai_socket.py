@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Thread
 from typing import Any
 
 import openai
@@ -190,10 +191,36 @@ def test_a_revoked_key_and_a_stopping_server_close_the_connection(api: ApiServer
     with connected(api) as socket:
         ask(socket, input="Hi")
         api.stop()
+        assert to_the_end(socket)[-1]["error"]["message"] == "this server is restarting; connect again"
         with pytest.raises(refusals.ConnectionClosed) as caught:
-            to_the_end(socket)
+            said(socket)
         assert caught.value.rcvd is not None
         assert caught.value.rcvd.code == 1012
+
+
+def test_a_stopping_server_finishes_what_has_begun_and_takes_nothing_new(
+    api: ApiServer, hand_worker: HandWorker
+) -> None:
+    api.app.state.drain_seconds = 60.0
+    with connected(api) as idle, connected(api) as socket:
+        begun = ask(socket, input="Hi")["response"]["id"]
+        stopping = Thread(target=api.stop, kwargs={"grace_seconds": 60})
+        stopping.start()
+        assert said(idle)["error"]["message"] == "this server is restarting; connect again"
+        with pytest.raises(refusals.ConnectionClosed) as caught:
+            said(idle)
+        assert caught.value.rcvd.code == 1012
+        socket.send(json.dumps(ASK | {"input": "Later", "stream_id": "later"}))
+        while (event := said(socket))["type"] != "error":
+            pass
+        assert (event["stream_id"], event["status"]) == ("later", 503)
+        hand_worker.run(begun, "Hello")
+        assert to_the_end(socket)[-1]["type"] == "response.completed"
+        assert said(socket)["error"]["message"] == "this server is restarting; connect again"
+        with pytest.raises(refusals.ConnectionClosed) as caught:
+            said(socket)
+        assert caught.value.rcvd.code == 1012
+    stopping.join()
 
 
 def test_messages_and_connections_have_their_limits(api: ApiServer) -> None:
