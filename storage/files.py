@@ -33,7 +33,8 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from domain.errors import InsufficientQuota, InvalidRequest
 from domain.jobs import PIECE_BYTES, BatchErrors, BatchStatus, FileStatus, LineOutcome, LineRefusal, new_id
-from storage.tables import IS_PRUNED, PydanticJSON, Row, Tenant, TextEnum
+from storage.column_types import PydanticJSON, TextEnum
+from storage.tables import IS_PRUNED, Row, Tenant
 
 UNFINISHED = "status IN ('validating', 'in_progress', 'finalizing', 'cancelling')"
 

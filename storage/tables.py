@@ -1,4 +1,4 @@
-"""Every row class except those of files, batches and webhooks, and how domain objects are stored in columns.
+"""Every row class except those of files, batches, webhooks and other things that have a file of their own here.
 
 SQL is the only truth: no fact about a job exists only in Redis.
 """
@@ -7,14 +7,12 @@ from datetime import datetime
 from typing import Any
 from uuid import UUID
 
-from pydantic import BaseModel, TypeAdapter
 from sqlalchemy import (
     ARRAY,
     JSON,
     REAL,
     BigInteger,
     CheckConstraint,
-    Dialect,
     Double,
     ForeignKey,
     Index,
@@ -23,7 +21,6 @@ from sqlalchemy import (
     MetaData,
     SmallInteger,
     Text,
-    TypeDecorator,
     UniqueConstraint,
     func,
     text,
@@ -36,58 +33,7 @@ from domain.callbacks import CALLBACK, CeleryCallback
 from domain.jobs import AttemptOutcome, Endpoint, FinishReason, JobError, JobKind, JobStatus, Lane, WorkerState
 from domain.model_names import model_name
 from domain.requests import REQUEST, RESULT, JobOutput, JobRequest, TokenChunk
-
-
-class PydanticJSON(TypeDecorator[BaseModel]):
-    """A JSON column for one Pydantic class. `json`, not `jsonb`, which refuses U+0000."""
-
-    impl = JSON
-    cache_ok = True
-
-    def __init__(self, model_class: type[BaseModel]) -> None:
-        super().__init__()
-        self.model_class = model_class
-
-    def process_bind_param(self, value: BaseModel | None, dialect: Dialect) -> Any:
-        return None if value is None else value.model_dump(mode="json")
-
-    def process_result_value(self, value: Any | None, dialect: Dialect) -> BaseModel | None:
-        return None if value is None else self.model_class.model_validate(value)
-
-
-class AdaptedJSON(TypeDecorator[Any]):
-    """A JSON column for several Pydantic classes, which a tag in the JSON distinguishes."""
-
-    impl = JSON
-    cache_ok = True
-
-    def __init__(self, adapter: TypeAdapter[Any]) -> None:
-        super().__init__()
-        self.adapter = adapter
-
-    def process_bind_param(self, value: Any | None, dialect: Dialect) -> Any:
-        return None if value is None else self.adapter.dump_python(value, mode="json")
-
-    def process_result_value(self, value: Any | None, dialect: Dialect) -> Any | None:
-        return None if value is None else self.adapter.validate_python(value)
-
-
-class TextEnum(TypeDecorator[Any]):
-    """A text column for a StrEnum; the CHECK constraints name the values."""
-
-    impl = Text
-    cache_ok = True
-
-    def __init__(self, enum_class: type) -> None:
-        super().__init__()
-        self.enum_class = enum_class
-
-    def process_bind_param(self, value: Any | None, dialect: Dialect) -> str | None:
-        return None if value is None else str(value)
-
-    def process_result_value(self, value: Any | None, dialect: Dialect) -> Any | None:
-        return None if value is None else self.enum_class(value)
-
+from storage.column_types import AdaptedJSON, PydanticJSON, TextEnum
 
 IS_PRUNED = {"postgresql_with": {"autovacuum_vacuum_scale_factor": "0.02"}}  # vacuumed when a fiftieth is deleted
 DEFAULT_TENANT_ID = UUID("00000000-0000-7000-8000-000000000001")  # the tenant `default`, created by the first migration

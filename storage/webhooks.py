@@ -32,7 +32,8 @@ from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from domain.jobs import new_id
 from domain.webhooks import DeliveryStatus, new_secret
-from storage.tables import Row, TextEnum
+from storage.column_types import TextEnum
+from storage.tables import Row
 
 
 class WebhookEndpoint(Row):
