@@ -83,9 +83,13 @@ def find_key(session: Session, key_id: str, *, is_locked: bool = False) -> ApiKe
     """Raises NotFound."""
     statement = select(ApiKey).where(ApiKey.id == _storable(key_id))
     key = session.scalar(statement.with_for_update() if is_locked else statement)
-    if key is None:
-        raise NotFound(f"there is no key with the id {key_id[:64]!r}; list them: celeriac keys list --all")
-    return key
+    if key is not None:
+        return key
+    prefix, _, rest = key_id.partition("_")
+    if prefix == tenants.PREFIX and rest:  # whose end may be the secret
+        id_ = rest.partition("_")[0]
+        raise NotFound(f"a key is named by its id, the part after its first underscore; give {id_[:64]!r} alone")
+    raise NotFound(f"there is no key with the id {key_id[:64]!r}; list them: celeriac keys list --all")
 
 
 def list_tenants(session: Session, *, after: str | None = None, limit: int = 10_000) -> Sequence[Tenant]:

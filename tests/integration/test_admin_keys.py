@@ -347,6 +347,7 @@ def test_the_commands_do_what_the_routes_do(run: Callable[..., Any]) -> None:
         (("tenants", "delete", "default"), 1, "disable its keys instead"),
         (("keys", "disable", "nobody"), 1, "celeriac keys list --all"),
         (("keys", "create", "--scope", "root"), 2, "submit"),
+        (("keys", "show", "sk_Ab3dE6gH_secret"), 1, "the part after its first underscore; give 'Ab3dE6gH' alone"),
     ],
 )
 def test_a_wrong_command_says_what_to_do(
@@ -354,3 +355,4 @@ def test_a_wrong_command_says_what_to_do(
 ) -> None:
     result = run(*arguments)
     assert (result.exit_code, remedy in " ".join(result.output.split())) == (exit_code, True), result.output
+    assert "secret" not in result.output
