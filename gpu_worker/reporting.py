@@ -22,7 +22,7 @@ from gpu_worker.threads import DispatchRequester, StorageThread
 from observability import describe_exception
 from settings import Settings
 from storage import workers
-from storage.database import open_database
+from storage.database import OUTAGES, open_database
 from storage.workers import Orders, WorkerReport
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ class WorkerReporter:
         self._due_at = 0.0
         self._is_under_way = False
         self._told: tuple[WorkerState, frozenset[Trouble]] | None = None
+        self._refused: str | None = None  # why the database took no report, as it was logged last
         self.skew_seconds = 0.0  # by how much the database's clock is ahead of ours
         self._newest_seconds: deque[float] = deque(maxlen=NUM_SLOW)  # how long the newest reports took
 
@@ -115,7 +116,7 @@ class WorkerReporter:
         self._storage_thread.submit(
             lambda is_repeated: self._storage.heartbeat(report),
             lambda answer: self._end(answer.value),
-            lambda exc: self._end(None),
+            self._refuse,
         )
 
     def fail(self, now: float, reason: str) -> None:
@@ -126,7 +127,7 @@ class WorkerReporter:
         self._storage_thread.submit(
             lambda is_repeated: self._storage.fail(self._failure(reason)),
             lambda answer: self._end(None),
-            lambda exc: self._end(None),
+            self._refuse,
         )
 
     def leave(self, reason: str | None) -> None:
@@ -140,8 +141,16 @@ class WorkerReporter:
     def _failure(self, reason: str) -> WorkerReport:
         return failure_of(self._owner, self._hostname, self._spec.id, reason)
 
-    def _end(self, answer: tuple[Orders, float, float] | None) -> None:
+    def _refuse(self, exc: Exception) -> None:
+        """Such as for want of a right: nobody but the log can say so, since nobody hears of this worker."""
         self._is_under_way = False
+        why = describe_exception(exc)
+        if why != self._refused and not isinstance(exc, OUTAGES):  # of which the storage thread tells
+            log.error("the database refuses this worker's reports, so it seems not to exist: %s", why)
+        self._refused = why
+
+    def _end(self, answer: tuple[Orders, float, float] | None) -> None:
+        self._is_under_way, self._refused = False, None
         if answer is not None:
             orders, self.skew_seconds, seconds = answer
             self._newest_seconds.append(seconds)

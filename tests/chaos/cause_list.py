@@ -168,7 +168,13 @@ CAUSES = [
     Cause(
         "the schema is too old", set_schema_back, "run celeriac migrate", "fail  schema: it is at", "database_schema"
     ),
-    Cause("Redis is stopped", stop_server("redis"), "Redis gives no connection", "fail  Redis", "redis_unavailable"),
+    Cause(
+        "Redis is stopped",
+        stop_server("redis"),
+        "Redis gives no connection|Redis does not answer",
+        "fail  Redis",
+        "redis_unavailable",
+    ),
     Cause("Redis is frozen", freeze_server("redis"), "Redis does not answer", "fail  Redis", "redis_unavailable"),
     Cause(
         "Redis is full",

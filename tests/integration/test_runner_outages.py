@@ -140,6 +140,22 @@ def test_a_failover_to_a_server_that_is_still_a_standby_costs_running_jobs_nothi
         assert rig.job(job_id).attempt == 1
 
 
+def test_a_worker_whose_reports_are_refused_says_why_in_its_log(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody else can: it is in no list of workers."""
+    with rig.sessions.begin() as session:
+        session.execute(text("ALTER TABLE workers ADD CONSTRAINT refused CHECK (false) NOT VALID"))
+    worker = rig.start(wait=False)
+    refusal = "the database refuses this worker's reports, so it seems not to exist"
+    wait_until(lambda: refusal in caplog.text, "it says so")
+    assert 'violates check constraint "refused"' in caplog.text
+    with rig.sessions.begin() as session:
+        session.execute(text("ALTER TABLE workers DROP CONSTRAINT refused"))
+    job_id = rig.add_job()
+    worker.offer([job_id])
+    worker.wait_for(RunnerEventKind.ENDED, [job_id])
+    assert caplog.text.count(refusal) == 1
+
+
 def _be_standby(server: EmbeddedPostgres, on_or_off: str) -> None:
     """As far as a client sees: it may read, and every write is refused."""
     options = "-c default_transaction_read_only=off"
