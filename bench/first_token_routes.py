@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from websockets.sync.client import connect
-
 PROMPT = "Once upon a time, a fox"
 MAX_TOKENS = 4
 WITH_SEED = {"max_tokens": MAX_TOKENS, "seed": 1}
@@ -44,28 +42,10 @@ def by_generate_stream(port: int, model: str) -> FirstToken:
     return _streamed(port, "/generate_stream", b'"token"', model, max_new_tokens=MAX_TOKENS)
 
 
-def by_socket(port: int, model: str) -> FirstToken:
-    """A response over a WebSocket that is open."""
-    with connect(f"ws://127.0.0.1:{port}/v1/responses") as socket:
-        started, answered = time.perf_counter(), 0.0
-        body = {"type": "response.create", "model": model, "input": PROMPT, "max_output_tokens": 16}
-        socket.send(json.dumps(body))
-        while True:
-            event = json.loads(socket.recv(30))
-            answered = answered or time.perf_counter()
-            if event["type"] == "response.created":
-                job_id = str(event["response"]["id"])
-            if event["type"] == "response.output_text.delta":
-                first = time.perf_counter()
-            if event["type"] == "response.completed":
-                return FirstToken(job_id.replace("resp_", "job_"), answered - started, first - started)
-
-
 ROUTES: dict[str, Callable[[int, str], FirstToken]] = {
     "jobs": by_job,
     "completions": by_completion,
     "generate_stream": by_generate_stream,
-    "websocket": by_socket,
 }
 
 
