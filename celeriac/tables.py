@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 10_000  # characters per line if the output is not a terminal
 
-NARROW = 60  # characters: below, each row is a block of lines
+NARROW = 72  # characters: below, a table of jobs would lose its words, so each row is a block of lines
 
 STYLE_BY_STATUS = {
     "queued": "yellow",
