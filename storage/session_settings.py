@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Self, cast
 
 from psycopg import AsyncConnection, AsyncCursor, AsyncPipeline, Connection, Cursor, Pipeline
+from psycopg.generators import send
 from psycopg.pq import TransactionStatus
 from sqlalchemy import URL, Engine, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
@@ -44,6 +45,7 @@ class UnflushedPipeline(Pipeline):
             self._enqueue_sync()
             yield from self._communicate_gen()
         finally:
+            yield from send(self.pgconn)  # of a megabyte, only the beginning was written so far
             yield from self._fetch_gen(flush=False)
 
 
