@@ -289,13 +289,13 @@ def _in_use(file_id: "UUID | ColumnElement[UUID]") -> ColumnElement[bool]:
     return is_named & text(f"batches.{UNFINISHED}")
 
 
-def read_pieces(session: Session, file_id: UUID, *, first: int) -> list[bytes]:
+def read_pieces(session: Session, file_id: UUID, *, first: int, num_pieces: int = PIECES_PER_READ) -> list[bytes]:
     """A few consecutive pieces from number `first` on; empty after the last."""
     statement = (
         select(FilePiece.content)
         .where(FilePiece.file_id == file_id, FilePiece.number >= first)
         .order_by(FilePiece.number)
-        .limit(PIECES_PER_READ)
+        .limit(num_pieces)
     )
     return list(session.scalars(statement))
 

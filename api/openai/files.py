@@ -332,7 +332,8 @@ async def delete_file(file_id: str, request: Request) -> Response:
 
 async def content_of(services: Services, file_id: UUID) -> AsyncIterator[bytes]:
     number = 0
-    while pieces := await services.read(files.read_pieces, file_id, first=number):
+    # One at a time, as it is in memory until the client has taken it.
+    while pieces := await services.read(files.read_pieces, file_id, first=number, num_pieces=1):
         number += len(pieces)
         for piece in pieces:
             yield piece
