@@ -135,7 +135,9 @@ async def make_things(client: httpx.AsyncClient) -> dict[str, str]:
         await make_thing(client, name, values)
     content = LINES.encode() + b"\n" * 20_000_000
     large = await client.post("/v1/files", files={"file": ("a", content)}, data={"purpose": "batch"})
-    return values | {"large_file_id": large.raise_for_status().json()["id"]}
+    if large.is_error:
+        raise RuntimeError(f"the large file was not made: {large.status_code} {large.text}")
+    return values | {"large_file_id": large.json()["id"]}
 
 
 async def make_thing(client: httpx.AsyncClient, name: str, values: dict[str, str]) -> None:
