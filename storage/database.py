@@ -388,11 +388,14 @@ def _upgrade(connection: Connection, say: Callable[[str], None]) -> None:
 
 
 def _tell_outages(database: Engine) -> None:
-    """Raise OTHER_OUTAGES as OperationalError, and drop connections that had one."""
+    """Raise OTHER_OUTAGES as OperationalError, and drop connections that had one. A bare DatabaseError without a code
+    is what psycopg makes of a connection that is lost in a pipeline."""
 
     @event.listens_for(database, "handle_error")
     def tell(context: ExceptionContext) -> OperationalError | None:
-        if not isinstance(context.original_exception, OTHER_OUTAGES):
+        original = context.original_exception
+        is_lost = type(original) is psycopg.DatabaseError and not original.sqlstate
+        if not (is_lost or isinstance(original, OTHER_OUTAGES)):
             return None
         context.is_disconnect = True
         return OperationalError(None, None, context.original_exception, connection_invalidated=True)
