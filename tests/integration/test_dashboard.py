@@ -464,6 +464,11 @@ def test_every_view_is_usable_by_keyboard_and_on_a_phone(chromium: Any, api: Api
             page.locator("h1").first.wait_for(state="attached")
             page.wait_for_load_state("networkidle" if view == "#/models" else "load")
             assert page.evaluate("document.documentElement.scrollWidth") <= 360, view
+        page.goto(f"{api.url}/#/jobs")
+        page.locator("td[data-label='Status']").first.wait_for()
+        box = page.locator(".scroll").bounding_box()
+        cell = page.locator("td[data-label='Took']").bounding_box()
+        assert cell["x"] + cell["width"] <= box["x"] + box["width"], "a row is a list"
         page.goto(f"{api.url}/#/playground")
         page.get_by_role("button", name="Run", exact=True).wait_for()
         page.evaluate("document.activeElement.blur()")

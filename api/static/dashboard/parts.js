@@ -85,12 +85,18 @@ export function Polled({ state, children }) {
   return html`${state.error && html`<${Problem} error=${state.error} onRetry=${state.reload} />`}${state.data && children(state.data)}`;
 }
 
+// So that a row can be a list on a phone: each cell is told what it is by its column's name.
+function nameCells(box) {
+  const names = [...box.querySelectorAll("thead th")].map((cell) => cell.textContent);
+  for (const row of box.querySelectorAll("tbody tr")) [...row.cells].forEach((cell, place) => (cell.dataset.label = names[place] ?? ""));
+}
+
 // A wide table: where it does not fit, the keyboard can scroll it, too.
 export function Scrolled({ label, children }) {
   const box = useRef(null);
   const [isWide, setWide] = useState(false);
   const look = () => box.current && setWide(box.current.scrollWidth > box.current.clientWidth); // none once it is removed
-  useLayoutEffect(look);
+  useLayoutEffect(() => (nameCells(box.current), look()));
   useEffect(() => {
     const observer = new ResizeObserver(look);
     observer.observe(box.current);
