@@ -14,7 +14,7 @@ import psycopg
 import pytest
 from pydantic import ValidationError
 from sqlalchemy import select, text
-from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.exc import OperationalError, ProgrammingError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from domain.shares import NO_TENANT, current_tenant
@@ -163,6 +163,26 @@ async def test_nothing_is_sent_after_what_ends_a_transaction(database_url: str, 
     sent = [line.split("\t")[3] for line in (tmp_path / "trace").read_text().splitlines() if "\tF\t" in line]
     assert sent.count("Sync") == 1
     assert sent[-1] == "Sync"
+    await database.dispose()
+
+
+@pytest.mark.anyio
+async def test_a_connection_that_is_lost_in_a_pipeline_is_an_outage(
+    database_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """psycopg raises a bare DatabaseError if the server's last words are read there; clients saw a 500."""
+    database = wall_off(open_statement_database(database_url))
+
+    async def lose(*_: object, **__: object) -> None:
+        raise psycopg.DatabaseError("server closed the connection unexpectedly")
+
+    async with database.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+        with monkeypatch.context() as patched:
+            patched.setattr(psycopg.AsyncCursor, "execute", lose)
+            with pytest.raises(OperationalError) as lost:
+                await connection.execute(text("SELECT 1"))
+    assert lost.value.connection_invalidated
     await database.dispose()
 
 
