@@ -13,11 +13,13 @@ from api.sse import (
 
 
 class Download(StreamingResponse):
-    """Check `places.refuse_if_full()` before anything else."""
+    """Check `places.refuse_if_full()` before anything else, too, so that a refusal costs no query."""
 
     def __init__(
         self, content: AsyncIterator[bytes], places: RequestPlaces, *, headers: Mapping[str, str], media_type: str
     ) -> None:
+        """Raises ServerOverloaded: of the requests that looked up their files together, each found places free."""
+        places.refuse_if_full()
         super().__init__(content, headers=headers, media_type=media_type)
         self._places = places
 

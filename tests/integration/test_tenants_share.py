@@ -103,6 +103,29 @@ def test_downloads(api: ApiServer, clients: tuple[httpx.Client, httpx.Client]) -
         wait_until(lambda: api.services.downloads.num_taken == 0)
 
 
+def test_downloads_that_begin_together_leave_room(
+    api: ApiServer, clients: tuple[httpx.Client, httpx.Client], keys: tuple[str, str]
+) -> None:
+    """Each found places free when it came."""
+    greedy, other = clients
+    content = {"file": ("a", b"a" * 20_000_000)}
+    large = greedy.post("/v1/files", files=content, data={"purpose": "batch"}).raise_for_status().json()["id"]
+    file_id = upload(other).json()["id"]
+    get = f"GET /v1/files/{large}/content HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {keys[0]}\r\n\r\n"
+    api.services.downloads.num_places = NUM_PLACES
+    with ExitStack() as stack:
+        address = ("127.0.0.1", api.port)
+        connections = [
+            stack.enter_context(closing(socket.create_connection(address, timeout=30))) for _ in range(5 * NUM_PLACES)
+        ]
+        for connection in connections:
+            connection.sendall(get.encode())
+        answers = [connection.recv(12) for connection in connections]
+        assert answers.count(b"HTTP/1.1 200") <= NUM_PLACES // 2
+        assert other.get(f"/v1/files/{file_id}/content").content == b"{}\n"
+    wait_until(lambda: api.services.downloads.num_taken == 0)
+
+
 def test_webhooks_of_a_tenant_leave_room_for_those_of_another(
     session_factory: sessionmaker[Session], make_tenant: Callable[..., Tenant]
 ) -> None:
