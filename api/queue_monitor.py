@@ -49,9 +49,8 @@ log = logging.getLogger(__name__)
 REFRESH_SECONDS = 1.0
 MAX_AGE_SECONDS = 0.25  # of figures that need not be read again
 MAX_PAUSE_SECONDS = 3.0  # between two reads
-START_SECONDS = (
-    0.05  # in which a job that finds a worker idle has its first token, before a read takes that worker's time
-)
+#: In which a job that finds a worker idle has its first token, before a read takes that worker's time.
+START_SECONDS = 0.05
 ANSWER_SECONDS = 2.0  # after this a query is abandoned, and the next one uses another connection
 READ_SECONDS = 5.0  # the same for a read of all queues: a million queued jobs take one on a quiet machine
 STALE_SECONDS = 2 * (READ_SECONDS + MAX_PAUSE_SECONDS)  # older figures are not shown: two reads have failed

@@ -122,9 +122,8 @@ class _Stream:
     job_id: UUID
     last: int  # the last sequence number emitted
     stage: tuple[int, int] = (0, 1)  # the last (attempt, stage within it) emitted; see _stage
-    live: list[TokenChunk | Started] = field(
-        default_factory=list
-    )  # mostly empty, for which a deque keeps half a kilobyte
+    #: Mostly empty, for which a deque keeps half a kilobyte.
+    live: list[TokenChunk | Started] = field(default_factory=list)
     is_behind: bool = True  # whether SQL may have something that the live queue does not have
     heard_at: float = field(default_factory=monotonic)
     news: asyncio.Future[None] | None = None  # while the consumer waits for some
