@@ -179,7 +179,10 @@ class _Stream:
             self.news = None
 
     def knows(self, state: StreamState) -> bool:
-        return state.committed_sequence_number <= self.last and _stage(state) <= self.stage
+        """A later start may have been announced, of a claim that was lost; of an end nothing is known before it."""
+        stage = _stage(state)
+        is_shown = stage == self.stage if state.status.is_terminal else stage <= self.stage
+        return is_shown and state.committed_sequence_number <= self.last
 
 
 class StreamReader:

@@ -237,10 +237,16 @@ async def test_a_lost_attempt_shows_as_queued_and_the_next_one_goes_on(
 
 
 async def test_a_start_is_shown_without_asking_sql_once_all_chunks_before_it_are(
-    reader: StreamReader, start_job: Callable[[], RunningJob], monkeypatch: pytest.MonkeyPatch
+    redis_url: str,
+    async_sessions: async_sessionmaker[AsyncSession],
+    start_job: Callable[[], RunningJob],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job = start_job()
-    async with following(reader, job) as received:
+    async with (
+        StreamReader(redis_url, async_sessions, silence_seconds=SECONDS) as reader,  # which does not look by itself
+        following(reader, job) as received,
+    ):
         await wait_until_async(lambda: reader._listener._subscribed[job.job.id].is_set())
         monkeypatch.setattr(reader._log, "read", None)
         job.publish(*job.commit(3), Started(1, after=0), Started(2, after=3), *job.commit())
@@ -254,6 +260,18 @@ async def test_a_start_is_shown_without_asking_sql_once_all_chunks_before_it_are
         assert statuses(received) == [JobStatus.IN_PROGRESS] * 2, "of the third start SQL knows nothing"
         job.complete()
     assert statuses(received)[2:] == [JobStatus.COMPLETED], "the end is shown whatever was announced before it"
+
+
+async def test_an_end_whose_message_is_lost_is_shown_whatever_start_was_announced_before_it(
+    reader: StreamReader, start_job: Callable[[], RunningJob]
+) -> None:
+    job = start_job()
+    async with following(reader, job) as received:
+        await wait_until_async(lambda: reader._listener._subscribed[job.job.id].is_set())
+        job.publish(Started(2, after=0))  # a crash of PostgreSQL loses the claim
+        await wait_until_async(lambda: len(received) == 2)
+        job.complete(is_announced=False)
+    assert statuses(received) == [JobStatus.IN_PROGRESS] * 2 + [JobStatus.COMPLETED]
 
 
 async def test_a_slow_consumer_catches_up_from_sql(reader: StreamReader, start_job: Callable[[], RunningJob]) -> None:
