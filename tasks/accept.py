@@ -52,6 +52,7 @@ class _Waiting:
     new_job: NewJob
     answer: asyncio.Future[Accepted]
     since: float  # monotonic
+    accepted: Accepted | None = None  # what is committed, and will be the answer whatever happens next
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,13 +188,15 @@ class GroupAcceptor:
         except (DBAPIError, CannotSendTogether):
             await self._flush_halves(group)
         else:
-            await self._ring_for(group, outcomes)
-            _answer(deque(zip(group, outcomes, strict=True)))
+            for waiting, outcome in zip(group, outcomes, strict=True):
+                waiting.accepted = outcome
+            await self._ring_for(group)
+            _answer(deque(group))
 
-    async def _ring_for(self, group: list[_Waiting], outcomes: list[Accepted]) -> None:
+    async def _ring_for(self, group: list[_Waiting]) -> None:
         """Returns when the message is on its way: the event loop writes at the end of a turn, and in the same one would
         make the answers first."""
-        queued = [waiting.new_job for waiting, accepted in zip(group, outcomes, strict=True) if accepted.is_queued]
+        queued = [waiting.new_job for waiting in group if waiting.accepted and waiting.accepted.is_queued]
         for new_job in queued:
             self._ring(new_job.request.model_id, new_job.id)
         if queued:
@@ -327,13 +330,13 @@ async def open_acceptor(settings: Settings, *, ring: Callable[[str, UUID], None]
         await database.dispose()
 
 
-def _answer(accepted: deque[tuple[_Waiting, Accepted]]) -> None:
+def _answer(accepted: deque[_Waiting]) -> None:
     """A few in each turn of the event loop. Sending all answers of a group takes tens of milliseconds, in which the
     database would wait for the next statement of another group, and then this process for the database."""
     for _ in range(min(NUM_AT_ONCE, len(accepted))):
-        waiting, outcome = accepted.popleft()
-        if not waiting.answer.done():
-            waiting.answer.set_result(outcome)
+        waiting = accepted.popleft()
+        if waiting.accepted is not None and not waiting.answer.done():
+            waiting.answer.set_result(waiting.accepted)
     if accepted:
         asyncio.get_running_loop().call_soon(_answer, accepted)
 
@@ -359,5 +362,10 @@ def _refuse_all(group: list[_Waiting], exc: Exception) -> None:
 
 
 def _refuse(waiting: _Waiting, exc: Exception) -> None:
-    if not waiting.answer.done():
+    """What was accepted, but is not answered yet, is not refused: its client might send it again, as another job."""
+    if waiting.answer.done():
+        return
+    if waiting.accepted is None:
         waiting.answer.set_exception(exc)
+    else:
+        waiting.answer.set_result(waiting.accepted)

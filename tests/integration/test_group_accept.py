@@ -18,7 +18,7 @@ from domain.requests import GenerationRequest
 from settings import Settings
 from storage import answers, job_accept
 from storage.database import async_session_factory, keep_plans, open_statement_database
-from storage.job_accept import Accepted, AcceptOutcome, NewJob
+from storage.job_accept import Accepted, AcceptOutcome, CannotSendTogether, NewJob
 from storage.tables import DEFAULT_TENANT_ID, Job
 from tasks import accept as group_accept
 from tasks.accept import GroupAcceptor, open_acceptor
@@ -172,6 +172,39 @@ async def test_a_job_that_cannot_be_written_takes_nobody_with_it(acceptor: Group
     new_jobs = [make_new_job(request_id=request_id) for request_id in ("a", "b", "\ud800", "c")]
     outcomes = await asyncio.gather(*(acceptor.accept(job) for job in new_jobs), return_exceptions=True)
     assert [isinstance(outcome, Accepted) for outcome in outcomes] == [True, True, False, True]
+
+
+async def test_what_is_committed_is_accepted_though_the_rest_of_its_group_fails(
+    acceptor: GroupAcceptor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_jobs = [make_new_job() for _ in range(128)]
+    accept = job_accept.accept
+
+    def accept_first_half(session: Session, jobs: list[NewJob], **bounds: Any) -> list[Accepted]:
+        if len(jobs) > 64:
+            raise CannotSendTogether
+        if jobs[0] is not new_jobs[0]:
+            raise ValueError("no outage, and nothing that the database says")
+        return accept(session, jobs, **bounds)
+
+    monkeypatch.setattr(job_accept, "accept", accept_first_half)
+    outcomes = await asyncio.gather(*(acceptor.accept(job) for job in new_jobs), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [Accepted] * 64 + [ValueError] * 64
+
+
+async def test_what_is_committed_is_accepted_by_an_acceptor_that_stops(
+    sessions: async_sessionmaker[AsyncSession],
+) -> None:
+    stopping: list[asyncio.Task[None]] = []
+
+    def stop(model: str, job_id: UUID) -> None:
+        stopping.append(asyncio.get_running_loop().create_task(acceptor.stop()))
+
+    acceptor = GroupAcceptor(sessions, max_queued_jobs=100, ring=stop)
+    acceptor.start()
+    accepted = await asyncio.gather(*(acceptor.accept(make_new_job()) for _ in range(12)))
+    assert {answer.outcome for answer in accepted} == {AcceptOutcome.ACCEPTED}
+    await asyncio.gather(*stopping)
 
 
 async def test_each_job_of_a_group_gets_its_own_answer(acceptor: GroupAcceptor) -> None:
