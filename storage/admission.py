@@ -33,6 +33,8 @@ from storage.full_queues import WAITED_SECONDS, drain_seconds, never_fits
 from storage.job_statements import CLOCK
 from storage.limits import OF_TENANT, buckets_of
 
+LONG_LINE_PART = 0.75  # of a limit: if so much is free, a line need not leave half of it
+
 Subject = tuple[UUID, str]  # a tenant and the id of its key, or OF_TENANT
 
 _READ = f"""
@@ -96,9 +98,11 @@ class Asking:
         """How much of a limit it may use."""
         return -(-limit // 2) if self.is_line else limit
 
-    def rest_of(self, limit: int) -> int:
-        """How much of it must be left."""
-        return limit - self.part_of(limit)
+    def needed_of(self, limit: int, wanted: int) -> float:
+        """How much of a limit must be free for the job to take `wanted`, or all of it if that is more. If a line is so
+        long that this is hardly ever free, it leaves less."""
+        with_rest = wanted + limit - self.part_of(limit)
+        return max(wanted, min(with_rest, LONG_LINE_PART * limit) if self.is_line else with_rest)
 
     @property
     def caller(self) -> tuple[int, str | None]:
@@ -218,8 +222,8 @@ class Meter:
                 retry_after_seconds=seconds,
             )
         # One job is always let in, or a long one could never run.
-        num_tokens = self.queued_tokens + asking.cost
-        is_over = row.queued_tokens is not None and num_tokens > asking.part_of(row.queued_tokens)
+        limit = row.queued_tokens
+        is_over = limit is not None and self.queued_tokens + asking.needed_of(limit, asking.cost) > limit
         if is_over and self.num_queued:
             return TooManyQueuedTokens(
                 f"the jobs of {self.whose} that wait may take {self.queued_tokens} tokens, this one {asking.cost} "
@@ -241,7 +245,7 @@ class Meter:
 
 
 def _seconds_until(bucket: Bucket, asking: Asking, wanted: int) -> float:
-    return bucket.seconds_until(wanted + asking.rest_of(bucket.per_minute))
+    return bucket.seconds_until(asking.needed_of(bucket.per_minute, wanted))
 
 
 def _jobs_are(number: int, whose: str) -> str:

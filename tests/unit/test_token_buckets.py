@@ -180,7 +180,7 @@ LINE = replace(ASKING, is_line=True)
     [
         ({"queued_jobs": 5}, {"num_queued": 3}),
         ({"unfinished_jobs": 5}, {"num_queued": 3}),
-        ({"queued_tokens": 300}, {"num_queued": 1, "queued_tokens_now": 51}),
+        ({"queued_tokens": 500}, {"num_queued": 1, "queued_tokens_now": 151}),
     ],
 )
 def test_lines_of_batches_leave_half_of_a_queue_to_requests(fields: dict[str, Any], used: dict[str, Any]) -> None:
@@ -195,8 +195,18 @@ def test_lines_of_batches_leave_half_of_a_bucket_to_requests(level: float, is_re
     meter.tokens = Bucket(1000, level)
     assert meter.refusal_of(ASKING) is None
     assert (meter.refusal_of(LINE) is not None) is is_refused
-    long = replace(LINE, cost=700)
-    assert (meter.refusal_of(long) is not None) is (level < 1000), "a long one needs a full bucket"
+
+
+@pytest.mark.parametrize(("cost", "needed"), [(240, 740), (250, 750), (500, 750), (750, 750), (900, 900), (2000, 1000)])
+def test_a_long_line_leaves_less_as_a_bucket_that_others_use_is_never_full(cost: int, needed: int) -> None:
+    meter, long = meter_of(), replace(LINE, cost=cost)
+    for level in (needed - 1, needed):
+        meter.tokens = Bucket(1000, level)
+        assert (meter.refusal_of(long) is not None) is (level < needed)
+    free = meter_of(queued_tokens=1000, num_queued=1, queued_tokens_now=1000 - needed)
+    taken = meter_of(queued_tokens=1000, num_queued=1, queued_tokens_now=1001 - needed)
+    assert taken.refusal_of(long) is not None
+    assert (free.refusal_of(long) is None) is (cost <= 1000)
 
 
 def test_a_client_is_never_told_to_come_back_too_early_nor_to_repeat_what_is_spent() -> None:
