@@ -3,6 +3,7 @@
 from uuid import UUID
 
 from fastapi import APIRouter
+from sqlalchemy.exc import NoResultFound
 from sqlalchemy.orm import Session
 from starlette.requests import Request
 from starlette.responses import Response
@@ -11,6 +12,7 @@ from api.errors import json_response
 from api.openapi import REFUSALS
 from api.services import AnyKeyRoute, caller_of
 from dialects.administration import OwnKeyView, OwnLimitsView, own_limits_view
+from domain.errors import AuthenticationFailed
 from storage.limits_left import left_to_key, left_to_tenant
 from storage.tables import Tenant
 
@@ -34,4 +36,8 @@ async def read_own_limits(request: Request) -> Response:
 
 def _own_limits(session: Session, tenant_id: UUID, key_id: str | None) -> OwnLimitsView:
     of_key = None if key_id is None else left_to_key(session, tenant_id, key_id)
-    return own_limits_view(of_key, left_to_tenant(session, session.get_one(Tenant, tenant_id)))
+    try:
+        of_tenant = left_to_tenant(session, session.get_one(Tenant, tenant_id))
+    except NoResultFound:  # keys are remembered for a few seconds
+        raise AuthenticationFailed("this tenant was deleted a moment ago; use the key of another one") from None
+    return own_limits_view(of_key, of_tenant)
