@@ -153,8 +153,11 @@ def change_tenant(session: Session, name: str, changes: TenantChanges, *, actor:
         if tenant.id == DEFAULT_TENANT_ID:
             raise InvalidRequest(f"{name} is the tenant of requests without a key and keeps its name", param="name")
         _take_name(session, changes.name)
-        tenant.name = changes.name
     _apply(session, tenant, changes)
+    if changes.name is not None:
+        # Last: a unique name locks the row against accepts, which hold the limits that were changed above.
+        tenant.name = changes.name
+        session.flush()
     _note(session, actor, "tenant.change", name, changes=changes.as_json())
     return tenant
 
