@@ -6,13 +6,16 @@ tables because accepts lock the former before, and ends the latter after, the co
 limits, whose keys have none, has neither. A tenant's `queued_jobs` is not here but in `tenants.max_queued`.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime, timedelta
 from typing import Any
 from uuid import UUID
 
+from psycopg.errors import QueryCanceled
 from sqlalchemy import BigInteger, Double, ForeignKey, ForeignKeyConstraint, delete, func, select, text, update
 from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Mapped, Session, mapped_column
 
 from domain.access import LIMIT_NAMES, NO_LIMITS, Limits
@@ -21,9 +24,15 @@ from storage import usage
 from storage.tables import Row, Tenant
 from storage.usage import UsageQuery
 
+log = logging.getLogger(__name__)
+
 OF_TENANT = ""  # in the place of a key's id
 
+BUDGETS = ("tokens_per_day", "tokens_per_month")
+
 LATER = timedelta(hours=1)  # nothing has ended by then
+
+COUNT_SECONDS = 1.5  # for each of two sums of the ledger; the API has five for a request
 
 
 class LimitSet(Row):
@@ -136,31 +145,64 @@ def _change(session: Session, tenant_id: UUID, key_id: str, values: Mapping[str,
     if not values:
         return
     own = (LimitSet.tenant_id == tenant_id, LimitSet.key_id == key_id)
+    before = session.execute(select(LimitSet.tokens_per_day, LimitSet.tokens_per_month).where(*own)).first()
+    is_first = any(values.get(name) is not None and getattr(before, name, None) is None for name in BUDGETS)
+    used = _used_by_now(session, tenant_id, key_id) if is_first else None  # before anything is locked
     if any(value is not None for value in values.values()):
-        is_new = insert(LimitSet).values(tenant_id=tenant_id, key_id=key_id).on_conflict_do_nothing()
-        if session.scalar(is_new.returning(LimitSet.key_id)) is not None:
-            _begin_to_count(session, tenant_id, key_id)
+        session.execute(insert(LimitSet).values(tenant_id=tenant_id, key_id=key_id).on_conflict_do_nothing())
     session.execute(update(LimitSet).where(*own).values(**values))
     if key_id == OF_TENANT and values.get("queued_tokens") is not None:
         _count_queued_tokens_of(session, tenant_id)
     session.execute(delete(LimitSet).where(*own, *(getattr(LimitSet, name).is_(None) for name in LIMIT_NAMES)))
+    session.execute(_BEGIN_TO_COUNT, {"tenant_id": tenant_id, "key_id": key_id})
+    if used is not None:
+        session.execute(_COUNT_USED, {"tenant_id": tenant_id, "key_id": key_id, **used})
 
 
-def _begin_to_count(session: Session, tenant_id: UUID, key_id: str) -> None:
+def _used_by_now(session: Session, tenant_id: UUID, key_id: str) -> dict[str, Any] | None:
     """A budget is of the whole day or month, also of what was used before there was one: that is in the ledger. What
-    ends while this is committed may be missing."""
+    ends while this is committed may be missing. None if the ledger is too large to be summed up in time: whoever needs
+    the budget, needs it now."""
     now = session.scalars(select(func.statement_timestamp())).one().astimezone(UTC)
     midnight = datetime(now.year, now.month, now.day, tzinfo=UTC)
     keys = [] if key_id == OF_TENANT else [key_id]
-    on_day, in_month = (
-        sum(
-            total.num_prompt_tokens + total.num_output_tokens
-            for total in usage.totals(session, UsageQuery(since, now + LATER, tenant_id=tenant_id, key_ids=keys))
-        )
+    queries = [
+        UsageQuery(since, now + LATER, tenant_id=tenant_id, key_ids=keys)
         for since in (midnight, midnight.replace(day=1))
-    )
-    used = {"day": midnight.date(), "tokens_on_day": on_day, "tokens_in_month": in_month}
-    session.execute(insert(LimitUse).values(tenant_id=tenant_id, key_id=key_id, **used))
+    ]
+    reading = session.begin_nested()
+    try:
+        on_day, in_month = (
+            sum(
+                total.num_prompt_tokens + total.num_output_tokens
+                for total in usage.totals(session, query, seconds=COUNT_SECONDS)
+            )
+            for query in queries
+        )
+    except OperationalError as exc:
+        if not isinstance(exc.orig, QueryCanceled):
+            raise
+        log.warning("a budget begins at zero: the ledger is too large", extra={"tenant_id": str(tenant_id)})
+        return None
+    finally:
+        reading.rollback()  # nothing was written, and the time limit was for this alone
+    return {"day": midnight.date(), "on_day": on_day, "in_month": in_month}
+
+
+_BEGIN_TO_COUNT = text("""
+INSERT INTO limit_usage (tenant_id, key_id)
+SELECT tenant_id, key_id FROM limits WHERE tenant_id = :tenant_id AND key_id = :key_id ON CONFLICT DO NOTHING
+""")
+
+# What has ended since the ledger was read is in the row, if there was one: so the greater one counts.
+_COUNT_USED = text("""
+UPDATE limit_usage SET day = greatest(day, :day),
+    tokens_on_day = CASE WHEN day < :day THEN :on_day WHEN day = :day THEN greatest(tokens_on_day, :on_day)
+        ELSE tokens_on_day END,
+    tokens_in_month = CASE date_trunc('month', day) WHEN date_trunc('month', CAST(:day AS date))
+        THEN greatest(tokens_in_month, :in_month) ELSE CASE WHEN day < :day THEN :in_month ELSE tokens_in_month END END
+WHERE tenant_id = :tenant_id AND key_id = :key_id
+""")
 
 
 # Whoever counts has the turn until its commit, or the same difference would be added twice.

@@ -249,10 +249,10 @@ DELETE FROM usage_records WHERE ctid = ANY(ARRAY(
 """)
 
 
-def totals(session: Session, query: UsageQuery) -> list[UsageTotal]:
+def totals(session: Session, query: UsageQuery, *, seconds: float = TOTALS_SECONDS) -> list[UsageTotal]:
     """The totals by model and by what the query says, in order. More than MAX_GROUPS mean that there are more. Needs a
-    transaction, for its time limit. Raises OperationalError after TOTALS_SECONDS."""
-    session.execute(select(func.set_config("statement_timeout", f"{round(1000 * TOTALS_SECONDS)}ms", True)))
+    transaction, for its time limit. Raises OperationalError after `seconds`."""
+    session.execute(select(func.set_config("statement_timeout", f"{round(1000 * seconds)}ms", True)))
     first, last = query.start, query.start
     if query.bucket_seconds % HOUR_SECONDS == 0:
         first, last = closed_within(session, query.start, query.end)

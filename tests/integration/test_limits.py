@@ -299,6 +299,35 @@ def test_a_budget_counts_what_was_used_before_it_was_set(
     refused(caller.client, "tokens_per_day_exceeded")
 
 
+def test_a_limit_is_set_although_the_ledger_cannot_be_summed_up(
+    make_caller: Callable[[], Caller],
+    session_factory: sessionmaker[Session],
+    hand_worker: HandWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caller = make_caller()
+    hand_worker.run(post_job(caller.client)["id"], "abc")  # 5 and 3
+    monkeypatch.setattr(limits, "COUNT_SECONDS", 0.05)
+    seconds = text("SHOW statement_timeout")
+    with session_factory.begin() as holder, session_factory.begin() as session:
+        holder.execute(text("LOCK usage_records"))  # as long as it takes to read one that is too large
+        before = session.execute(seconds).scalar_one()
+        for given in (Limits(streams=3, queued_tokens=100), Limits(tokens_per_day=100)):
+            assert not caplog.records
+            limits.change_key_limits(session, caller.tenant_id, caller.key_id, given)
+        assert session.execute(seconds).scalar_one() == before
+    [logged] = caplog.records
+    assert "begins at zero" in logged.message
+    caller.limit_tenant(streams=3)
+    assert caller.usage() == (0, 0), "neither was counted"
+    monkeypatch.setattr(limits, "COUNT_SECONDS", SECONDS)
+    caller.limit_key(tokens_per_month=100)
+    hand_worker.run(post_job(caller.client)["id"], "abc")
+    caller.limit_tenant(tokens_per_month=100)
+    assert caller.usage() == (16, 16), "all of them were counted by then"
+
+
 def test_a_key_is_told_what_is_left_of_its_limits(
     make_caller: Callable[[], Caller], api: ApiServer, session_factory: sessionmaker[Session], hand_worker: HandWorker
 ) -> None:
