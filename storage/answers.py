@@ -2,10 +2,10 @@
 
 A row of `answers` names, for a tenant and a key, the job that has the answer or will have it, its leader. A job that
 asks for what its leader has completed is completed with a copy of the output. While the leader waits or runs, it
-follows: it is put off, and ends with the leader, which is as urgent as the most urgent of those that it runs for. If
-the leader is cancelled, expires or is deleted, one of its followers leads the others, in the place that it had in the
-queue; if it fails, each goes on by itself. A job is only ever ended while it waits and has never been claimed, so
-whatever happens between these statements, it runs.
+follows: it is put off, and ends with the leader, which is as urgent as the most urgent of those that it runs for, as
+far as the keys of both allow. If the leader is cancelled, expires or is deleted, one of its followers leads the others,
+in the place that it had in the queue; if it fails, each goes on by itself. A job is only ever ended while it waits and
+has never been claimed, so whatever happens between these statements, it runs.
 
 `answer` is part of the transaction that accepts the jobs, after `storage/answered_jobs.py`, which has inserted most of
 those whose answers are known as completed. So what follows another request of its tenant sees it: the
@@ -36,6 +36,8 @@ from storage.tables import Job, JobResult
 from storage.usage import RECORDED_COLUMNS, ends_recorded
 from storage.webhooks import IS_TOLD, write_deliveries
 from storage.workers import LIVE_SECONDS
+
+MAX_PRIORITY = 10  # of any key
 
 NEVER_CLAIMED = "j.status || '' = 'queued' AND j.attempt = 0"  # found by id; see RUNNING in job_statements
 
@@ -79,6 +81,13 @@ moved AS (SELECT id, tenant_id, {LEAVES_QUEUE} FROM answered),
 {COUNTED}
 {told("answered", has_chunks="false")}"""
 
+
+def _max_priority(job: str) -> str:
+    """That of the key of the job, as in `job_statements.lead`."""
+    of_key = f"coalesce((SELECT k.max_priority FROM api_keys k WHERE k.id = {job}.key_id), 0)"
+    return f"CASE WHEN {job}.key_id IS NULL THEN {MAX_PRIORITY} ELSE {of_key} END"
+
+
 # A leader counts as long as it may still complete, or as its output is there and young enough.
 ANSWER = text(f"""
 WITH asked AS MATERIALIZED (
@@ -108,12 +117,17 @@ fresh AS MATERIALIZED (  -- all that change
 ),
 put_off AS (  -- its start was estimated as if it would wait for a slot only
     UPDATE jobs j SET available_at = {CLOCK} + make_interval(secs => {PUT_OFF_SECONDS}), eta = NULL
-    FROM fresh WHERE j.id = fresh.id AND fresh.is_answered IS NOT TRUE RETURNING j.id, fresh.leader_id, j.priority
+    FROM fresh WHERE j.id = fresh.id AND fresh.is_answered IS NOT TRUE
+    RETURNING j.id, fresh.leader_id, j.priority, j.key_id
+),
+wished AS MATERIALIZED (  -- no lead over other tenants' jobs that the follower itself would not have
+    SELECT p.leader_id, max(CASE WHEN {_max_priority("p")} >= {_max_priority("l")} THEN p.priority
+        ELSE least(p.priority, {_max_priority("p")}) END) AS priority
+    FROM put_off p JOIN jobs l ON l.id = p.leader_id GROUP BY 1
 ),
 urged AS MATERIALIZED (  -- a claim, which holds its row and waits for the tenant's load, is not waited for
-    SELECT l.id, p.priority FROM (SELECT leader_id, max(priority) AS priority FROM put_off GROUP BY 1) p
-    JOIN jobs l ON l.id = p.leader_id
-    WHERE l.status || '' = 'queued' AND l.priority < p.priority ORDER BY l.id FOR NO KEY UPDATE OF l SKIP LOCKED
+    SELECT l.id, wished.priority FROM wished JOIN jobs l ON l.id = wished.leader_id
+    WHERE l.status || '' = 'queued' AND l.priority < wished.priority ORDER BY l.id FOR NO KEY UPDATE OF l SKIP LOCKED
 ),
 raised AS (UPDATE jobs l SET priority = urged.priority FROM urged WHERE l.id = urged.id),
 followed AS (

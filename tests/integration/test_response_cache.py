@@ -454,6 +454,26 @@ def test_the_request_that_runs_is_as_urgent_as_the_most_urgent_that_waits_for_it
     assert client.get(f"/v1/jobs/{leader}").json()["priority"] == 5
 
 
+@pytest.mark.parametrize(("of_leader", "of_follower", "priority"), [(10, 0, 0), (10, 3, 3), (0, 10, 9), (10, 10, 9)])
+def test_no_request_gets_a_lead_from_one_that_would_not_have_it(
+    api: ApiServer,
+    make_tenant: Callable[..., Tenant],
+    session_factory: Sessions,
+    of_leader: int,
+    of_follower: int,
+    priority: int,
+) -> None:
+    tenant_id = make_tenant().id
+    with session_factory.begin() as session:
+        keys = [tenants.create_key(session, tenant_id) for _ in range(2)]
+        for key, max_priority in zip(keys, (of_leader, of_follower), strict=True):
+            session.get_one(ApiKey, key.split("_")[1]).max_priority = max_priority
+    with api.client(keys[0]) as one, api.client(keys[1]) as other:
+        leader = ask(one).json()["id"]
+        ask(other, priority=9)
+        assert one.get(f"/v1/jobs/{leader}").json()["priority"] == priority
+
+
 def test_a_start_timeout_is_met_by_the_start_of_the_request_that_is_followed(
     client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
 ) -> None:
