@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session
 from domain.jobs import JobKind
 from domain.requests import RESULT, JobOutput, is_whole_output
 from storage.job_accept import NewJob
-from storage.job_ends import is_gone, told
+from storage.job_ends import LEADER_IS_STARTED, is_gone, told
 from storage.job_queries import JobRecord
 from storage.job_statements import CLOCK, COUNTED, LEAVES_QUEUE, Packed
 from storage.jobs import Returned
@@ -203,8 +203,10 @@ inherited AS (
     UPDATE answers a SET job_id = entry.id, created_at = {CLOCK} FROM entry
     WHERE a.tenant_id = entry.tenant_id AND a.key = entry.key
 )
-UPDATE jobs j SET available_at = j.created_at FROM alone
-WHERE j.id = alone.id AND {NEVER_CLAIMED} AND j.available_at > {CLOCK}
+UPDATE jobs j SET available_at = j.created_at,
+    start_deadline_at = CASE WHEN NOT {LEADER_IS_STARTED} THEN j.start_deadline_at END
+FROM alone WHERE j.id = alone.id AND {NEVER_CLAIMED}
+    AND (j.available_at > {CLOCK} OR (j.start_deadline_at IS NOT NULL AND {LEADER_IS_STARTED}))
 """)
 
 

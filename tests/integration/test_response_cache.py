@@ -488,6 +488,20 @@ def test_a_start_timeout_is_met_by_the_start_of_the_request_that_is_followed(
         assert external_id(expired.job_id) == follower, "nothing is being made for it any more"
 
 
+def test_a_start_timeout_stays_met_when_a_request_has_followed_for_too_long(
+    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
+) -> None:
+    leader, follower = (ask(client, start_timeout=60).json()["id"] for _ in range(2))
+    hand_worker.claim(leader)
+    with session_factory.begin() as session:
+        session.execute(text("UPDATE jobs SET start_deadline_at = now() - interval '1 second'"))
+        session.execute(text("UPDATE jobs SET available_at = now() WHERE status = 'queued'"))
+    with session_factory.begin() as session:
+        assert answers.end_followers(session) == []
+        assert jobs.expire(session) == []
+    hand_worker.claim(follower)
+
+
 @pytest.mark.parametrize("end", ["cancel", "delete", "fail"])
 def test_followers_go_on_without_their_leader(
     end: str, client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
