@@ -3,7 +3,8 @@
 A process of its own, so that what else a bench does makes neither requests late nor answers seem so; with plain
 sockets, as bench/flood.py. On stdin one line of JSON: the keys by name, how many a second, for how many seconds, and
 how many tokens each. Prints one line of JSON: a list for each name of [status, seconds until the answer, job id or
-nothing], how many refusals had no Retry-After, and how late this process was: its requests, and a timer of it.
+nothing], where an error of the connection has its name for a status; how many refusals had no Retry-After, and how late
+this process was: its requests, and a timer of it.
 """
 
 import asyncio
@@ -30,21 +31,33 @@ class Arrivals:
     port: int
     num_tokens: int
     lines: deque[Line] = field(default_factory=deque)  # that are open and idle
-    answers: dict[str, list[tuple[int, float, str | None]]] = field(default_factory=dict)
+    answers: dict[str, list[tuple[int | str, float, str | None]]] = field(default_factory=dict)
     num_without_retry_after: int = 0
     late_seconds: list[float] = field(default_factory=list)
 
     async def send(self, name: str, key: str, due_at: float) -> None:
-        line = self.lines.pop() if self.lines else Line(*await asyncio.open_connection(self.host, self.port))
+        answers = self.answers.setdefault(name, [])
+        try:
+            line = self.lines.pop() if self.lines else Line(*await asyncio.open_connection(self.host, self.port))
+            try:
+                answers.append(await self._submit(line, key, due_at))
+            except BaseException:
+                line.close()
+                raise
+        except (OSError, EOFError, ValueError) as exc:
+            answers.append((type(exc).__name__, time.perf_counter() - due_at, None))
+        else:
+            self.lines.append(line)
+
+    async def _submit(self, line: Line, key: str, due_at: float) -> tuple[int, float, str | None]:
         request = Step("POST", "/v1/jobs", body=json.dumps(job_body(self.num_tokens)))
         began_at = time.perf_counter()
         self.late_seconds.append(began_at - due_at)
         await line.send(request.rendered({"key": key}))
         status, head, body = await line.answer("POST")
         seconds = time.perf_counter() - began_at
-        self.answers.setdefault(name, []).append((status, seconds, json.loads(body)["id"] if status == 202 else None))
         self.num_without_retry_after += status != 202 and b"\r\nretry-after: " not in head
-        self.lines.append(line)
+        return status, seconds, json.loads(body)["id"] if status == 202 else None
 
 
 async def beat(lags: list[float]) -> None:

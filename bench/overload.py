@@ -78,6 +78,8 @@ class Arrivals:
         for name, answers in told["answers"].items():
             for status, seconds, job_id in answers:
                 arrivals.statuses[str(status)] += 1
+                if isinstance(status, str):  # an error of the connection
+                    continue
                 (arrivals.refused if job_id is None else arrivals.accepted).append(seconds)
                 if job_id is not None:
                     arrivals.job_ids.setdefault(name, []).append(job_id)
