@@ -40,8 +40,9 @@ ENOUGH = 24  # submissions for a group: the statements' own cost is little besid
 NUM_AT_ONCE = 4  # submissions that are answered in one turn of the event loop
 NUM_RETRIES = 2  # of a group whose COMMIT may or may not have happened
 ANSWER_SECONDS = 5.0  # the longest that a submission waits for the database
-PLAN_SECONDS = 3.0  # for which plans are kept: longer than IDLE_SECONDS
-IDLE_SECONDS = 2.0  # after so long without a job, plans are made anew
+PLAN_SECONDS = 3.0  # for which plans are kept: longer than the next two together
+AHEAD_SECONDS = 2.0  # after which plans are made anew in a quiet moment
+QUIET_SECONDS = 0.25  # without a job: such a moment
 STALLED_SECONDS = 2.0  # if all flushers have waited this long, submissions are refused at once
 
 _UNREACHABLE = (*OUTAGES, OSError)
@@ -125,15 +126,18 @@ class GroupAcceptor:
                     _refuse(waiting, _unconfirmed())
 
     async def _plan_ahead(self) -> None:
-        """While no job comes, make anew the plan that the next one would have to wait for."""
+        """When no job comes for a moment, make anew the plan that the next one might have to wait for."""
+        planned_at = float("-inf")
         while True:
-            await asyncio.sleep(IDLE_SECONDS)
-            if time.monotonic() - self._flushed_at < IDLE_SECONDS:
+            await asyncio.sleep(QUIET_SECONDS)
+            now = time.monotonic()
+            if now - planned_at < AHEAD_SECONDS or now - self._flushed_at < QUIET_SECONDS:
                 continue
+            planned_at = now
             try:
                 async with self._sessions() as session:
                     await session.run_sync(job_accept.plan_ahead, **self._bounds)
-            except (DBAPIError, *_UNREACHABLE) as exc:  # the next job will tell, if it is still so
+            except Exception as exc:  # an outermost loop; the next job will tell, if it is still so
                 log.debug("no plans could be made", extra={"reason": describe_exception(exc)})
 
     async def _flush_forever(self, number: int) -> None:

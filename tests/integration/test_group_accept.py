@@ -198,11 +198,11 @@ async def test_what_is_committed_is_accepted_by_an_acceptor_that_stops(
     stopping: list[asyncio.Task[None]] = []
 
     def stop(model: str, job_id: UUID) -> None:
-        stopping.append(asyncio.get_running_loop().create_task(acceptor.stop()))
+        stopping.append(asyncio.get_running_loop().create_task(stopped.stop()))
 
-    acceptor = GroupAcceptor(sessions, max_queued_jobs=100, ring=stop)
-    acceptor.start()
-    accepted = await asyncio.gather(*(acceptor.accept(make_new_job()) for _ in range(12)))
+    stopped = GroupAcceptor(sessions, max_queued_jobs=100, ring=stop)
+    stopped.start()
+    accepted = await asyncio.gather(*(stopped.accept(make_new_job()) for _ in range(12)))
     assert {answer.outcome for answer in accepted} == {AcceptOutcome.ACCEPTED}
     await asyncio.gather(*stopping)
 
@@ -268,13 +268,35 @@ async def test_plans_are_kept_but_not_for_long(database_url: str, monkeypatch: p
 
 async def test_while_no_job_comes_plans_are_made_anew(database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("storage.database.PLAN_SECONDS", 0.0)
-    monkeypatch.setattr(group_accept, "IDLE_SECONDS", 0.02)
+    monkeypatch.setattr(group_accept, "AHEAD_SECONDS", 0.02)
+    monkeypatch.setattr(group_accept, "QUIET_SECONDS", 0.02)
     executed: list[str] = []
     async with open_acceptor(Settings(database_url=database_url), ring=lambda model, job_id: None) as acceptor:
         database = acceptor._sessions.kw["bind"].sync_engine
         event.listen(database, "before_cursor_execute", lambda *args: executed.append(args[2].split()[0]))
         await wait_until_async(lambda: executed.count("WITH") >= 2)
     assert [word for word in executed if word in ("DISCARD", "WITH")][:4] == ["DISCARD", "WITH"] * 2
+
+
+async def test_plans_are_made_between_jobs_and_after_any_failure(
+    sessions: async_sessionmaker[AsyncSession], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(group_accept, "AHEAD_SECONDS", 0.0)
+    monkeypatch.setattr(group_accept, "QUIET_SECONDS", 0.02)
+    planned: list[Session] = []
+
+    def plan_ahead(session: Session, **bounds: int) -> None:
+        planned.append(session)
+        raise ValueError("no outage, and nothing that the database says")
+
+    monkeypatch.setattr(job_accept, "plan_ahead", plan_ahead)
+    acceptor = GroupAcceptor(sessions, max_queued_jobs=10)
+    acceptor.start()
+    for _ in range(3):
+        await acceptor.accept(make_new_job())
+        planned.clear()
+        await wait_until_async(lambda: planned, "plans are made after this job")
+    await acceptor.stop()
 
 
 async def test_a_commit_whose_answer_was_lost_is_found_and_not_repeated(
