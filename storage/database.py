@@ -74,20 +74,32 @@ def refuse_shared_sessions(url: URL) -> None:
     options = {"connect_timeout": CONNECT_TIMEOUT_SECONDS, "prepare_threshold": None}
     database = make_database(url, isolation_level="AUTOCOMMIT", pool_size=2, connect_args=options)
     try:
-        with database.connect() as first, database.connect() as second:
-            if is_pooled(url):
-                first.exec_driver_sql("BEGIN")
-                second.exec_driver_sql("BEGIN")
-            looks = [(_session_of(first), _session_of(second)) for _ in range(NUM_LOOKS)]
+        is_shared = _changes_in_a_transaction(database) if is_pooled(url) else _is_shared(database)
     except DBAPIError as exc:
         if STATEMENT_MODE not in str(exc.orig):
             raise
         raise SharedSessions(NO_TRANSACTIONS) from exc
     finally:
         database.dispose()
-    firsts, seconds = map(set, zip(*looks, strict=True))
-    if len(firsts) > 1 or len(seconds) > 1 or firsts & seconds:
+    if is_shared:
         raise SharedSessions(SHARED)
+
+
+def _changes_in_a_transaction(database: Engine) -> bool:
+    """One connection at a time: processes that start together, and each keep one of a pooler's sessions while they wait
+    for another, could wait for each other."""
+    with database.connect() as connection:
+        connection.exec_driver_sql("BEGIN")
+        sessions = {_session_of(connection) for _ in range(2)}
+        connection.exec_driver_sql("ROLLBACK")
+    return len(sessions) > 1
+
+
+def _is_shared(database: Engine) -> bool:
+    with database.connect() as first, database.connect() as second:
+        looks = [(_session_of(first), _session_of(second)) for _ in range(NUM_LOOKS)]
+    firsts, seconds = map(set, zip(*looks, strict=True))
+    return len(firsts) > 1 or len(seconds) > 1 or bool(firsts & seconds)
 
 
 def _session_of(connection: Connection) -> int:

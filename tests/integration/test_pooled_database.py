@@ -108,6 +108,12 @@ def test_no_pooler_in_statement_mode_passes_for_one_in_transaction_mode(database
 
 
 @needs_pgbouncer
+def test_the_look_needs_one_session_of_a_pooler(one_session: Pooler) -> None:
+    """Processes that start together would wait for each other's second one."""
+    refuse_shared_sessions(database_url(one_session.url))
+
+
+@needs_pgbouncer
 @pytest.mark.parametrize("command", ["migrate", "api", "worker", "maintenance"])
 def test_no_process_starts_on_shared_sessions(database_url: str, tmp_path: Path, command: str) -> None:
     with Pooler(database_url, "transaction") as pooler:
