@@ -20,12 +20,13 @@ from storage.tables import Job, JobPayload, JobResult, Tenant
 MAX_READ = 50  # jobs at a time, all of whose texts are in memory
 ARCHIVE_LOCK = 0x0CE1_E41A_AC41  # a key of PostgreSQL's advisory locks
 
-# The lock is held as long as its transaction, in which nothing else happens meanwhile.
-HOLD_ON = text("""
-SELECT set_config('idle_in_transaction_session_timeout', '0', true), set_config('lock_timeout', :wait, true)
-""")
+WAIT_AT_MOST = text("SELECT set_config('lock_timeout', :wait, true)")
 TAKE_LOCK = text("SELECT pg_try_advisory_xact_lock(:key)")
 WAIT_FOR_LOCK = text("SELECT pg_advisory_xact_lock(:key)")
+
+# The lock is held as long as its transaction, in which nothing else happens meanwhile. This is its last statement,
+# since it needs no snapshot: the last query's would be kept, and nothing vacuumed, for as long as an erasure takes.
+HOLD_ON = text("SET LOCAL idle_in_transaction_session_timeout = 0")
 
 # Columns of a job that say what it was and how it went; how it was run is of no use after it.
 COLUMNS = (
@@ -107,6 +108,7 @@ def delete_archived(session: Session, tenant_id: UUID, job_ids: Sequence[UUID]) 
 def _take_lock(connection: Connection, wait_seconds: int) -> bool:
     if not wait_seconds:
         return bool(connection.scalar(TAKE_LOCK, {"key": ARCHIVE_LOCK}))
+    connection.execute(WAIT_AT_MOST, {"wait": f"{wait_seconds}s"})
     try:
         connection.execute(WAIT_FOR_LOCK, {"key": ARCHIVE_LOCK})
     except OperationalError as exc:
@@ -119,8 +121,10 @@ def _take_lock(connection: Connection, wait_seconds: int) -> bool:
 @contextmanager
 def archive_lock(database: Engine, *, wait_seconds: int = 0) -> Iterator[bool]:
     """Holds the lock of the archive; whether it was got. Only one process at a time writes to the archive or erases
-    from it. The lock is a transaction's, since behind a pooler nothing else lasts; that transaction sees nothing, so it
-    keeps no table from being vacuumed."""
+    from it. The lock is a transaction's, since behind a pooler nothing else lasts; that transaction keeps no
+    snapshot, so it keeps no table from being vacuumed."""
     with database.connect() as connection:
-        connection.execute(HOLD_ON, {"wait": f"{wait_seconds}s"})
-        yield _take_lock(connection, wait_seconds)
+        is_taken = _take_lock(connection, wait_seconds)
+        if is_taken:
+            connection.execute(HOLD_ON)
+        yield is_taken

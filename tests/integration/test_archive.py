@@ -131,6 +131,19 @@ def test_where_there_is_an_archive_the_janitor_deletes_no_jobs(
     assert stored_ids(session_factory) == set()
 
 
+@pytest.mark.parametrize("wait_seconds", [0, 1])
+def test_whoever_holds_the_lock_keeps_no_table_from_being_vacuumed(database: Engine, wait_seconds: int) -> None:
+    """Not even once its connection has prepared all statements. An erasure takes hours."""
+    holder = text(
+        "SELECT backend_xmin::text FROM pg_stat_activity JOIN pg_locks USING (pid)"
+        " WHERE locktype = 'advisory' AND granted AND datname = current_database()"
+    )
+    for _ in range(8):
+        with archive.archive_lock(database, wait_seconds=wait_seconds) as is_taken, database.connect() as other:
+            assert is_taken
+            assert list(other.scalars(holder)) == [None]
+
+
 def test_only_one_process_at_a_time_writes_to_the_archive(database: Engine) -> None:
     with (
         archive.archive_lock(database) as first,
