@@ -258,7 +258,7 @@ def test_every_program_runs(plant: Plant, ids: Callable[[str], str], tmp_path: P
 def test_a_downgrade_is_done_as_documented(empty_database_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     [snippet] = [snippet for snippet in snippets("python") if snippet.page == "upgrades.md"]
     migrate(empty_database_url)
-    monkeypatch.setenv("CELERIAC_DATABASE_URL", empty_database_url)
+    monkeypatch.setenv("CELERIAC_DATABASE_URL", f"{empty_database_url}&pool_mode=transaction")
     with psycopg.connect(empty_database_url) as connection:
         [newest] = connection.execute("SELECT version_num FROM alembic_version").fetchone() or []
         exec(compile(snippet.text, snippet.page, "exec"), {})
