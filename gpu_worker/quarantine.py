@@ -40,6 +40,7 @@ from pathlib import Path
 from time import monotonic
 from uuid import UUID
 
+from gpu_worker.engine.control_groups import groups
 from gpu_worker.engine_process.signs_of_life import RecordedJob
 from gpu_worker.engine_process.supervisor import EngineExit
 from gpu_worker.job import RunningJob
@@ -48,9 +49,8 @@ from storage.job_statements import PROVEN_TOKENS
 log = logging.getLogger(__name__)
 
 RECENT_STEPS = 3  # a job that came in within this many steps is suspected more strongly
-OWN_CGROUPS = Path("/proc/self/cgroup")
-CGROUP_ROOT = Path("/sys/fs/cgroup")
-HOST_COUNTERS = Path("/proc/vmstat")
+SYSTEM_ROOT = Path("/")  # holds proc and sys
+COUNTER_FILES = {1: "memory.oom_control", 2: "memory.events"}  # by the version of the kernel's control groups
 COUNTER = "oom_kill"  # the number of killed processes; all files use this name
 
 
@@ -103,7 +103,7 @@ class OomKills:
     group and below it, or else on the whole host."""
 
     def __init__(self, paths: Sequence[Path] | None = None) -> None:
-        self._paths = [*_own_group(), HOST_COUNTERS] if paths is None else paths
+        self._paths = _counters() if paths is None else paths
         self._num_seen = self._count()
 
     def is_possible(self) -> bool:
@@ -119,18 +119,11 @@ class OomKills:
         return None
 
 
-def _own_group() -> list[Path]:
-    """Where the control group of worker and engine may count, in the first or the second version of the kernel's
-    hierarchies. The root group counts nowhere."""
-    paths = []
-    with suppress(OSError):
-        for line in OWN_CGROUPS.read_text().splitlines():
-            number, controllers, group = line.split(":", 2)
-            if "memory" in controllers.split(","):
-                paths.append(CGROUP_ROOT / "memory" / group.lstrip("/") / "memory.oom_control")
-            elif number == "0":
-                paths.append(CGROUP_ROOT / group.lstrip("/") / "memory.events")
-    return paths
+def _counters() -> list[Path]:
+    """Where the kernel may count, the nearest first: in the files of our control group, of those around it, and of the
+    host. The root group of the second version has none."""
+    paths = [folder / COUNTER_FILES[version] for folder, version in groups(SYSTEM_ROOT, "memory")]
+    return [*paths, SYSTEM_ROOT / "proc/vmstat"]
 
 
 class Quarantine:

@@ -48,10 +48,10 @@ def offer_when_released(worker: RecordingRunner, job_ids: Sequence[UUID]) -> Non
 @pytest.fixture
 def oom_counters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the workers of the test take for the kernel's."""
-    counters = tmp_path / "vmstat"
+    counters = tmp_path / "proc/vmstat"
+    counters.parent.mkdir()
     counters.write_text("nr_free_pages 7\noom_kill 0\n")
-    monkeypatch.setattr(quarantine, "OWN_CGROUPS", tmp_path / "none")
-    monkeypatch.setattr(quarantine, "HOST_COUNTERS", counters)
+    monkeypatch.setattr(quarantine, "SYSTEM_ROOT", tmp_path)
     return counters
 
 

@@ -32,21 +32,23 @@ def test_where_nobody_counts_it_is_always_possible(tmp_path: Path) -> None:
         ("0::/system.slice/worker\n", "system.slice/worker/memory.events"),
         ("5:cpu:/\n4:memory:/pods/worker\n0::/\n", "memory/pods/worker/memory.oom_control"),
         ("4:hugetlb,memory:/worker\n", "memory/worker/memory.oom_control"),
+        ("4:memory:/docker/5e1f\n0::/docker/5e1f\n", "memory/memory.oom_control"),  # as a container sees its own
+        ("0::/docker/5e1f\n", "memory.events"),  # likewise, with the host's namespace
     ],
 )
 def test_the_count_is_that_of_our_own_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, groups: str, counter: str
 ) -> None:
     """In either version of the kernel's hierarchies: a neighbour's want of memory is not ours."""
-    for name, path in (("OWN_CGROUPS", "cgroup"), ("HOST_COUNTERS", "vmstat"), ("CGROUP_ROOT", "groups")):
-        monkeypatch.setattr(quarantine, name, tmp_path / path)
-    (tmp_path / "cgroup").write_text(groups)
-    own = tmp_path / "groups" / counter
+    monkeypatch.setattr(quarantine, "SYSTEM_ROOT", tmp_path)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    own, host = tmp_path / "sys/fs/cgroup" / counter, tmp_path / "proc/vmstat"
     own.parent.mkdir(parents=True)
     own.write_text("under_oom 0\noom_kill 0\n")
-    (tmp_path / "vmstat").write_text("oom_kill 0\n")
+    host.write_text("oom_kill 0\n")
     kills = OomKills()
-    (tmp_path / "vmstat").write_text("oom_kill 1\n")
+    host.write_text("oom_kill 1\n")
     assert not kills.is_possible()
     own.write_text("under_oom 0\noom_kill 1\n")
     assert kills.is_possible()
