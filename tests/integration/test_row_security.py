@@ -131,6 +131,15 @@ def test_a_query_that_names_no_tenant_finds_only_rows_of_its_own(
     run(database, look)
 
 
+def test_an_empty_tenant_is_none(database_url: str, two: tuple[UUID, UUID]) -> None:
+    """As a session shows it that served a request before, on every table."""
+    with psycopg.connect(database_url) as connection:
+        connection.execute("SELECT set_config('celeriac.tenant_id', '', false)")
+        for table in TABLES:
+            [number] = connection.execute(f"SELECT count(*) FROM {table.name}".encode()).fetchone() or []
+            assert number >= len(two), table.name
+
+
 def test_nothing_of_another_tenant_can_be_changed_deleted_or_made(database_url: str, two: tuple[UUID, UUID]) -> None:
     database = wall_off(open_async_database(database_url))
 
