@@ -5,7 +5,13 @@ ALL. Behind a pooler, a session that has served the API's requests serves worker
 would see no rows at all.
 """
 
+from time import sleep
+
 from alembic import op
+from psycopg.errors import LockNotAvailable
+from sqlalchemy.exc import OperationalError
+
+from domain.errors import ExpectedError
 
 revision = "0048"
 down_revision = "0047"
@@ -54,6 +60,13 @@ OWNER_BY_TABLE = BY_TENANT | {
 }
 
 
+LOCK_SECONDS = 2  # for which everybody else may have to wait behind us
+
+PAUSE_SECONDS = 1.0  # in which they get on
+
+MAX_TRIES = 20  # per table: a minute
+
+
 def _alter(sees_all: str) -> None:
     """Written as in 0031, so that the planner expects to find nearly all rows."""
     policies = {
@@ -62,7 +75,28 @@ def _alter(sees_all: str) -> None:
     }
     with op.get_context().autocommit_block():  # a lock on one table at a time
         for table, policy in (policies | {"audit_log": sees_all}).items():
-            op.execute(f"ALTER POLICY of_tenant ON {table} USING ({policy})")
+            _alter_soon(table, policy)
+
+
+def _alter_soon(table: str, policy: str) -> None:
+    """A dump reads its tables for hours, and whoever comes after a lock that waits for it would wait as long."""
+    for _ in range(MAX_TRIES):
+        try:
+            op.execute(f"""
+                DO $$ BEGIN
+                    PERFORM set_config('lock_timeout', '{LOCK_SECONDS}s', true);  -- until the end of this statement
+                    ALTER POLICY of_tenant ON {table} USING ({policy});
+                END $$
+            """)
+            return
+        except OperationalError as exc:
+            if not isinstance(exc.orig, LockNotAvailable):
+                raise
+        sleep(PAUSE_SECONDS)
+    raise ExpectedError(
+        f"a transaction, such as that of pg_dump, has been using the table {table} all the time; migrate again when it "
+        "has ended: what has been done by then does no harm"
+    )
 
 
 def upgrade() -> None:

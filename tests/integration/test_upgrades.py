@@ -1,11 +1,14 @@
 """The last release's code beside this one's, on every schema between the two: no job and no stream is lost."""
 
 import itertools
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 
+from storage.database import migrate
 from tests.chaos.plant import Part
 from tests.integration.upgrade_harness import (
     THIS_RELEASE,
@@ -15,6 +18,7 @@ from tests.integration.upgrade_harness import (
     unpack_last_release,
 )
 from tests.thorough import IS_THOROUGH
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -93,3 +97,21 @@ def test_processes_of_both_releases_run_each_others_jobs(
             parts = start(old)
         with api.streaming(SHORT):
             pass
+
+
+def test_nobody_waits_behind_a_migration_that_waits_for_a_dump(empty_database_url: str) -> None:
+    migrate(empty_database_url)
+    schema = Schema(empty_database_url)
+    schema.downgrade("0047")
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'tenants'::regclass"
+    upgrade = threading.Thread(target=schema.upgrade, args=("0048",))
+    with psycopg.connect(empty_database_url) as dump, psycopg.connect(empty_database_url, autocommit=True) as other:
+        dump.execute("LOCK TABLE tenants, jobs IN ACCESS SHARE MODE")
+        upgrade.start()
+        wait_until(lambda: other.execute(waiting).fetchone() == (1,), "the migration waits")
+        other.execute("SET statement_timeout = '30s'")
+        other.execute("SELECT id FROM tenants")
+        dump.rollback()
+        upgrade.join(300)
+    assert schema.revision == "0048"
+    schema.close()
