@@ -60,6 +60,10 @@ class Answering:
         elif self._ends_by_close:
             self._cycle.expected_content_length = len(cast(dict[str, Any], message).get("body", b""))
         await self._send(message)
+        if self._cycle.response_complete:
+            # Nobody will read what has arrived of the body: a quarter of a megabyte of each refused upload. It would
+            # stay until the cycle is collected as garbage, and that is rare.
+            self._cycle.body = bytearray()
 
     def write(self, data: bytes) -> None:
         if self._is_head_next:

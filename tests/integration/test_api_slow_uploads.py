@@ -1,5 +1,6 @@
 """Uploads that trickle end and give their places back."""
 
+import gc
 import socket
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from functools import partial
 
 import httpx
 import pytest
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from tests.integration.api_harness import ApiServer
 from tests.waiting import wait_until
@@ -62,3 +64,17 @@ def test_an_upload_that_keeps_the_rate_goes_on_past_the_grace(api: ApiServer, mo
         time.sleep(1.0)
         connection.sendall(content[-10:])
         assert connection.recv(65_536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_bodies_of_refused_uploads_are_not_kept(api: ApiServer, http: httpx.Client) -> None:
+    """Until garbage is collected, which is rare."""
+    api.services.uploads.num_places = 0
+    content = {"file": ("a.jsonl", b"a" * 200_000)}
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            assert http.post("/v1/files", files=content, data={"purpose": "batch"}).status_code == 503
+        wait_until(lambda: not [one for one in gc.get_objects() if isinstance(one, RequestResponseCycle) and one.body])
+    finally:
+        gc.enable()
