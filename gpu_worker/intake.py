@@ -26,6 +26,8 @@ POLL_SECONDS = 2.0  # poll SQL after having free slots but no tickets for this l
 
 FIRST_PAUSE_SECONDS, MAX_PAUSE_SECONDS = 1.0, 30.0  # after a claim that failed, and after many in a row
 
+MAX_DOUBLINGS = 5  # of the first pause; a thousand of them would be no float any more
+
 NUM_TOLD = 2  # claims that failed in a row: one may have met what is over already
 
 
@@ -189,6 +191,6 @@ class Intake:
         )
 
     def _rest(self, exc: Exception) -> None:
-        seconds = min(FIRST_PAUSE_SECONDS * 2**self._num_failed, MAX_PAUSE_SECONDS)
+        seconds = min(FIRST_PAUSE_SECONDS * 2 ** min(self._num_failed, MAX_DOUBLINGS), MAX_PAUSE_SECONDS)
         self._num_failed += 1
         self._last_error, self._rests_until = describe_exception(exc), monotonic() + seconds

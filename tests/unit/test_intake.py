@@ -9,7 +9,7 @@ import pytest
 
 from domain.jobs import Lane
 from gpu_worker import intake
-from gpu_worker.intake import POLL_SECONDS, SHORTFALL_SECONDS, Intake, Offers
+from gpu_worker.intake import MAX_PAUSE_SECONDS, POLL_SECONDS, SHORTFALL_SECONDS, Intake, Offers
 from gpu_worker.quarantine import Quarantine
 from gpu_worker.threads import Answer
 
@@ -116,7 +116,12 @@ def test_claims_that_fail_are_repeated_less_and_less_often(monkeypatch: pytest.M
     assert claimed_at == [100.0, 101.0, 103.0, 107.0, 115.0, 131.0, 161.0, 191.0]
     told = entry.trouble
     assert told == "it cannot claim jobs: ValueError: no such column"
+    for _ in range(1_100):  # a night of it
+        now += MAX_PAUSE_SECONDS
+        offers.add(uuid4())
+        entry.claim(now, num_free=4, known=frozenset())
+        assert entry.is_resting
     claims.is_broken = False
-    now += 10.0
+    now += MAX_PAUSE_SECONDS
     entry.claim(now, num_free=4, known=frozenset())
     assert (entry.trouble, entry.is_resting) == (None, False)
