@@ -68,6 +68,7 @@ class NoOpRunner:
             num_offered=self._offered.qsize(),
             is_engine_ready=True,
             state=WorkerState.READY,
+            is_resting=False,
             tokens_per_second=0.0,
             engine={},
         )

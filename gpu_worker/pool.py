@@ -121,9 +121,10 @@ class EnginePool(BasePool):
 
     def room(self, queue: str) -> Room:
         """How many messages of this queue may be taken now: as many as the engine of its model could start, plus a
-        small look-ahead; none while the model is not loaded."""
+        small look-ahead; none while the model is not loaded, or its claims have failed."""
         runner = self.runner.by_queue[queue]
-        if self.is_draining or runner.stats().state is not WorkerState.READY:
+        stats = runner.stats()
+        if self.is_draining or stats.state is not WorkerState.READY or stats.is_resting:
             return NO_ROOM
         num_free, is_paused = runner.num_free, queue in self.paused_lookaheads
         if num_free <= 0 and is_paused:

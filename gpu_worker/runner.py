@@ -402,6 +402,7 @@ class RunnerThread:
             num_offered=len(self._offers),
             is_engine_ready=self._supervisor.ready is not None,
             state=self._state,
+            is_resting=self._intake.is_resting,
             tokens_per_second=self._tokens_per_second,
             engine=msgspec.structs.asdict(self._meter.stats),
         )

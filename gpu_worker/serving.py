@@ -220,6 +220,7 @@ class ModelRunners:
             num_offered=sum(stats.num_offered for stats in all_stats),
             is_engine_ready=any(stats.is_engine_ready for stats in all_stats),
             state=min((stats.state for stats in all_stats), key=STATES.index),
+            is_resting=all(stats.is_resting for stats in all_stats),
             tokens_per_second=sum(stats.tokens_per_second for stats in all_stats),
             engine=min(all_stats, key=lambda stats: STATES.index(stats.state)).engine,
         )

@@ -80,6 +80,7 @@ class RunnerStats:
     num_offered: int  # tickets in hand that have not been used yet
     is_engine_ready: bool
     state: WorkerState
+    is_resting: bool  # after claims that failed: it takes no tickets
     tokens_per_second: float
     engine: dict[str, Any]
 

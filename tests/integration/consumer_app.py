@@ -106,7 +106,11 @@ class LedgerRunner:
 
     @property
     def num_free(self) -> int:
-        return 0 if self._is_draining else models[0].max_num_seqs - len(self._started_at)
+        return 0 if self._is_draining or self._is_resting else models[0].max_num_seqs - len(self._started_at)
+
+    @property
+    def _is_resting(self) -> bool:
+        return (FOLDER / "resting").exists()
 
     def stats(self) -> RunnerStats:
         return RunnerStats(
@@ -116,6 +120,7 @@ class LedgerRunner:
             num_offered=len(self._tickets),
             is_engine_ready=True,
             state=WorkerState.DRAINING if self._is_draining else WorkerState.READY,
+            is_resting=self._is_resting,
             tokens_per_second=0.0,
             engine={"max_held": self._max_held},
         )
@@ -133,6 +138,9 @@ class LedgerRunner:
                     return
 
     def _claim(self) -> None:
+        for ticket_id in self.withdraw() if self._is_resting else ():
+            self._record("refused", ticket_id)
+            self._tell(RunnerEventKind.REFUSED, ticket_id)
         while self._tickets and self.num_free > 0:
             job_id = self._oldest_queued()
             if job_id is not None:

@@ -77,6 +77,17 @@ def test_a_full_worker_takes_nothing_while_another_has_room(make_plant: MakePlan
     assert "back to a worker with free slots" not in plant.log("one"), "it never had them"
 
 
+def test_a_worker_that_rests_after_failed_claims_leaves_the_tickets_where_they_are(plant: Plant) -> None:
+    resting = plant.folder / "resting"
+    resting.touch()
+    job_ids = plant.send(2)
+    for _ in range(3):  # turns of its event loop
+        plant.inspect("stats")
+    assert (plant.jobs("refused"), plant.num_waiting()) == ([], 2)
+    resting.unlink()
+    plant.wait_for("claimed", job_ids)
+
+
 def test_jobs_start_in_the_order_of_their_claims(make_plant: MakePlant) -> None:
     plant = make_plant(num_slots=1, lookahead=3)
     job_ids = plant.send(10)
