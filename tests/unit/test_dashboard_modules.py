@@ -15,6 +15,7 @@ from api.app import create_app
 from api.openapi import document_of
 from dialects.openai_chat import ChatCompletionBody
 from domain.catalog import Catalog
+from domain.jobs import BATCH_PRIORITY, MIN_PRIORITY
 from domain.requests import SamplingParams
 from domain.structured_output import StructuredOutput
 from settings import ROOT, Settings
@@ -172,6 +173,22 @@ def test_the_code_of_a_job_makes_the_same_job(tmp_path: Path) -> None:
     assert create["tools"] == [{"type": "function", "function": BODY["tools"][0]}]
     assert create["extra_body"] == {"top_k": 7}
     assert (create["max_tokens"], create["seed"]) == (5, 17)
+
+
+@needs_node
+def test_a_line_of_a_batch_is_asked_again_with_a_priority_that_may_be_asked_for(tmp_path: Path) -> None:
+    for name in ("request.js", "json.js"):
+        shutil.copy(DASHBOARD / name, tmp_path)
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    program = """
+        const { askedOf, bodyOf } = await import("./request.js");
+        const input = { model: "a", prompt: "b" };
+        const bodies = JSON.parse(process.argv[1]).map((priority) => bodyOf(askedOf({ input, priority })));
+        console.log(JSON.stringify(bodies.map((body) => body.priority ?? null)));
+    """
+    priorities = json.dumps([BATCH_PRIORITY, MIN_PRIORITY, 0, 5])
+    asked = json.loads(node("--input-type=module", "-e", program, priorities, folder=tmp_path))
+    assert asked == [None, MIN_PRIORITY, None, 5]
 
 
 @needs_node

@@ -20,8 +20,10 @@ export function bodyOf(input) {
   return Object.keys(told).length ? { ...body, params: told } : body;
 }
 
+const MIN_PRIORITY = -10; // that may be asked for: lines of batches begin lower
+
 // What a job was asked, with its options: all that `bodyOf` takes.
-export const askedOf = ({ input, metadata, priority, start_timeout, run_timeout }) => ({ ...input, metadata, priority, start_timeout, run_timeout });
+export const askedOf = ({ input, metadata, priority, start_timeout, run_timeout }) => ({ ...input, metadata, priority: priority < MIN_PRIORITY ? null : priority, start_timeout, run_timeout });
 
 const here = () => new URL(".", document.baseURI).href.replace(/\/$/, "");
 
