@@ -103,6 +103,10 @@ class Intake:
         """Why no job can be claimed."""
         return f"it cannot claim jobs: {self._last_error}" if self._num_failed >= NUM_TOLD else None
 
+    def forget_failures(self) -> None:
+        """Nobody wants jobs from here at present, so nobody misses them."""
+        self._num_failed, self._rests_until = 0, 0.0
+
     def claim(self, now: float, *, num_free: int, known: frozenset[UUID]) -> None:
         """Use the tickets that there is room for, or poll SQL now and then if there are none. `known` jobs already run
         here."""

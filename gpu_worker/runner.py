@@ -326,7 +326,10 @@ class RunnerThread:
 
     def _take_jobs_in(self, now: float) -> None:
         is_ordered = self._is_loaded is False or self._order_deadline is not None
-        if is_ordered or not self._residence.is_wanted or self._intake.is_resting:
+        is_unwanted = is_ordered or not self._residence.is_wanted
+        if is_unwanted:
+            self._intake.forget_failures()
+        if is_unwanted or self._intake.is_resting:
             self._refuse(self._offers.take())
         if self._supervisor.ready is None and self._quarantine.job is None:
             return

@@ -285,6 +285,9 @@ def test_a_worker_whose_claims_fail_rests_longer_each_time_tells_why_and_goes_on
 
     wait_until(is_told, "it tells why")
     wait_until(lambda: worker.runner.num_free == 0, "others have its room meanwhile")
+    worker.runner.order_drain(release_after_seconds=0.0)
+    wait_until(lambda: told_of(rig) == [], "nobody wants jobs from it")
+    worker.runner.order_resume()
     with rig.sessions.begin() as session:
         session.execute(text("ALTER TABLE jobs DROP CONSTRAINT refused"))
     wait_until_all_completed(rig, [job_id])
