@@ -104,7 +104,7 @@ class PoolClient:
     """Like WebhookClient, but with httpcore's connection pool."""
 
     def __init__(self, guard: TargetGuard) -> None:
-        network = GuardedNetwork(guard)
+        network = GuardedNetwork(guard, "http")
         self._pool = httpcore.AsyncConnectionPool(
             max_connections=MAX_CONNECTIONS, keepalive_expiry=KEEPALIVE_SECONDS, network_backend=network
         )

@@ -41,6 +41,10 @@ class TargetRefused(Exception):
     internal."""
 
 
+class TargetInClear(TargetRefused):
+    """The address is public, where nothing may be sent in clear text."""
+
+
 class TargetUnknown(Exception):
     """The name has no address."""
 
@@ -127,20 +131,22 @@ class TargetGuard:
         url = self.parse(text)
         try:
             async with asyncio.timeout(CONNECT_SECONDS):
-                found = await self.addresses(url.host, url.port)
+                await self.addresses(url.scheme, url.host, url.port)
+        except TargetInClear:
+            raise BadWebhookUrl(
+                "it begins with http://, and the host is not in a network of the operator's; use https"
+            ) from None
         except TargetRefused:
             raise BadWebhookUrl("the address of the host is not public; use a public host") from None
         except TargetUnknown:
             raise BadWebhookUrl("the host has no address; check the name") from None
         except (OSError, TimeoutError):
-            return url
-        if url.scheme != "https" and not self._allows_private and not all(map(self._is_in_networks, found)):
-            raise BadWebhookUrl("it begins with http://, and the host is not in a network of the operator's; use https")
+            pass
         return url
 
-    async def addresses(self, host: str, port: int) -> list[str]:
-        """The addresses of a host, all of them allowed. Raises TargetRefused if any is not, TargetUnknown or
-        OSError."""
+    async def addresses(self, scheme: str, host: str, port: int) -> list[str]:
+        """The addresses of a host, all of them allowed. Raises TargetRefused if any is not (TargetInClear if it would
+        be with https), TargetUnknown or OSError."""
         try:
             found = await self._resolve(host, port)
         except socket.gaierror as exc:
@@ -151,8 +157,12 @@ class TargetGuard:
             raise TargetUnknown(host) from None
         if not found:
             raise TargetUnknown(host)
-        if not self._allows_private and not all(is_public_address(one) or self._is_in_networks(one) for one in found):
+        if self._allows_private:
+            return found
+        if not all(is_public_address(one) or self._is_in_networks(one) for one in found):
             raise TargetRefused(host)
+        if scheme != "https" and not all(map(self._is_in_networks, found)):
+            raise TargetInClear(host)
         return found
 
     def _is_in_networks(self, address: str) -> bool:
@@ -160,10 +170,12 @@ class TargetGuard:
 
 
 class GuardedNetwork(httpcore.AsyncNetworkBackend):
-    """Makes httpcore's connections: the socket gets a checked address; the Host header and TLS keep the name."""
+    """Makes httpcore's connections for URLs of one scheme: the socket gets a checked address; the Host header and TLS
+    keep the name."""
 
-    def __init__(self, guard: TargetGuard, network: httpcore.AsyncNetworkBackend | None = None) -> None:
+    def __init__(self, guard: TargetGuard, scheme: str, network: httpcore.AsyncNetworkBackend | None = None) -> None:
         self._guard = guard
+        self._scheme = scheme
         self._network = network or httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -175,7 +187,7 @@ class GuardedNetwork(httpcore.AsyncNetworkBackend):
         socket_options: SocketOptions | None = None,
     ) -> httpcore.AsyncNetworkStream:
         async with asyncio.timeout(CONNECT_SECONDS):
-            addresses = await self._guard.addresses(host, port)
+            addresses = await self._guard.addresses(self._scheme, host, port)
             return await self._connect(addresses[:MAX_ADDRESSES_TRIED], port, socket_options)
 
     async def _connect(
@@ -215,10 +227,10 @@ Origin = tuple[str, str, int]  # scheme, host, port
 
 class Connections:
     """A connection pool. Bound to one event loop. At most `max_open` connections are open, in use or idle: a new one
-    replaces the one that has been idle longest, or waits while all are in use."""
+    replaces the one that has been idle longest, or waits while all are in use. `network_of(scheme)` connects them."""
 
-    def __init__(self, network: httpcore.AsyncNetworkBackend, max_open: int) -> None:
-        self._network = network
+    def __init__(self, network_of: Callable[[str], httpcore.AsyncNetworkBackend], max_open: int) -> None:
+        self._network_of = network_of
         self._ssl_context = ssl.create_default_context()
         self._max_open = max_open
         self._room = asyncio.Semaphore(max_open)
@@ -272,7 +284,7 @@ class Connections:
             httpcore.Origin(scheme.encode(), host.encode(), port),
             ssl_context=self._ssl_context,
             keepalive_expiry=KEEPALIVE_SECONDS,
-            network_backend=self._network,
+            network_backend=self._network_of(scheme),
         )
 
     async def _give_back(self, connection: httpcore.AsyncHTTPConnection, origin: Origin) -> None:
@@ -332,7 +344,7 @@ class WebhookClient:
     checked when it was opened."""
 
     def __init__(self, guard: TargetGuard, network: httpcore.AsyncNetworkBackend | None = None) -> None:
-        self._connections = Connections(GuardedNetwork(guard, network), MAX_CONNECTIONS)
+        self._connections = Connections(lambda scheme: GuardedNetwork(guard, scheme, network), MAX_CONNECTIONS)
 
     async def aclose(self) -> None:
         await self._connections.aclose()
@@ -346,6 +358,8 @@ class WebhookClient:
                 status_code = await self._post(url, headers, body)
         except (TimeoutError, httpcore.TimeoutException):
             error = "timeout"
+        except TargetInClear:
+            error = "http:// reaches only hosts in a network of the operator's; use https"
         except TargetRefused:
             error = "the host has an address that is not public"
         except TargetUnknown:

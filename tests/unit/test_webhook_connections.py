@@ -67,7 +67,7 @@ async def get(connections: Connections, url: WebhookUrl) -> bytes:
 def test_a_connection_is_used_again_by_its_origin() -> None:
     async def ask() -> None:
         async with origins(2) as (counted, urls):
-            connections = Connections(httpcore.AnyIOBackend(), max_open=8)
+            connections = Connections(lambda _: httpcore.AnyIOBackend(), max_open=8)
             for _ in range(3):
                 assert [await get(connections, url) for url in urls] == [b"{}", b"{}"]
             assert counted.num_opened == 2
@@ -79,7 +79,7 @@ def test_a_connection_is_used_again_by_its_origin() -> None:
 def test_one_more_origin_closes_the_connection_that_was_idle_longest() -> None:
     async def ask() -> None:
         async with origins(3) as (counted, urls):
-            connections = Connections(httpcore.AnyIOBackend(), max_open=2)
+            connections = Connections(lambda _: httpcore.AnyIOBackend(), max_open=2)
             for url in (urls[0], urls[1], urls[0], urls[2]):
                 await get(connections, url)
             await counted.wait_for_open(2)
@@ -92,7 +92,7 @@ def test_one_more_origin_closes_the_connection_that_was_idle_longest() -> None:
 def test_a_request_waits_while_all_are_in_use() -> None:
     async def ask() -> None:
         async with origins(4) as (counted, urls):
-            connections = Connections(httpcore.AnyIOBackend(), max_open=2)
+            connections = Connections(lambda _: httpcore.AnyIOBackend(), max_open=2)
             async with connections.use(urls[0]), connections.use(urls[1]):
                 with pytest.raises(TimeoutError):
                     async with asyncio.timeout(0), connections.use(urls[2]):
@@ -107,7 +107,7 @@ def test_a_request_waits_while_all_are_in_use() -> None:
 def test_one_that_the_receiver_closed_is_not_used_again() -> None:
     async def ask() -> None:
         async with origins(1) as (counted, [url]):
-            connections = Connections(httpcore.AnyIOBackend(), max_open=2)
+            connections = Connections(lambda _: httpcore.AnyIOBackend(), max_open=2)
             await get(connections, url)
             counted.open[url.port][0].close()
             await counted.wait_for_open(0)
@@ -121,7 +121,7 @@ def test_one_that_the_receiver_closed_is_not_used_again() -> None:
 def test_one_whose_answer_was_not_read_is_closed() -> None:
     async def ask() -> None:
         async with origins(1) as (counted, [url]):
-            connections = Connections(httpcore.AnyIOBackend(), max_open=1)
+            connections = Connections(lambda _: httpcore.AnyIOBackend(), max_open=1)
             with pytest.raises(asyncio.CancelledError):
                 async with connections.use(url) as connection, connection.stream("GET", str(url)):
                     raise asyncio.CancelledError

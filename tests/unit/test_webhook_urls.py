@@ -165,7 +165,7 @@ def test_a_name_that_turns_private_after_the_registration_is_refused() -> None:
     async def rebind() -> None:
         guard = TargetGuard(SETTINGS, rebinding)
         await guard.check("https://example.com/")
-        network = GuardedNetwork(guard, Sink())
+        network = GuardedNetwork(guard, "https", Sink())
         with pytest.raises(TargetRefused):
             await network.connect_tcp("example.com", 443, CONNECT_SECONDS)
 
@@ -211,6 +211,27 @@ def test_an_operators_networks_are_reached_also_by_http_and_nothing_else_is() ->
     with pytest.raises(BadWebhookUrl, match="allowed ports"):
         asyncio.run(check("https://hooks.internal:5432/", "10.1.2.3"))
     asyncio.run(check("https://example.com/", "8.8.8.8"))
+
+
+def test_nothing_is_sent_in_clear_to_a_public_host_that_could_not_be_looked_up_at_the_registration() -> None:
+    settings = Settings(webhook_private_networks="10.1.0.0/16", webhook_ports="80,443")
+
+    async def late(host: str, port: int) -> list[str]:
+        raise socket.gaierror(socket.EAI_AGAIN, "no answer yet")
+
+    async def post(text: str, *addresses: str) -> list[str]:
+        url = await TargetGuard(settings, late).check(text)
+        sink = Sink()
+        client = WebhookClient(TargetGuard(settings, resolver(*addresses)), sink)
+        response = await client.post(url, {}, b"{}")
+        await client.aclose()
+        assert ("use https" in str(response.error)) is not bool(sink.connected)
+        return sink.connected
+
+    assert asyncio.run(post("http://example.com/", "8.8.8.8")) == []
+    assert asyncio.run(post("http://example.com/", "10.1.2.3", "8.8.8.8")) == []
+    assert asyncio.run(post("http://example.com/", "10.1.2.3")) == ["10.1.2.3"]
+    assert asyncio.run(post("https://example.com/", "8.8.8.8")) == ["8.8.8.8"]
 
 
 @pytest.mark.parametrize("text", ["10.1.0.0/33", "10.1.2.3/16", "intranet", "10.1.0.0/16 10.2.0.0/16"])
