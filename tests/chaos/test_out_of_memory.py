@@ -33,6 +33,7 @@ crash_how = "memory"
 """
 LIMIT_BYTES = 600 << 20  # a worker and its engine take a fifth of it
 LIMITS = {1: "memory.limit_in_bytes", 2: "memory.max"}
+SWAP_LIMITS = {1: ("memory.memsw.limit_in_bytes", LIMIT_BYTES), 2: ("memory.swap.max", 0)}  # the first: with memory
 
 
 def make_group() -> Path | None:
@@ -46,8 +47,15 @@ def make_group() -> Path | None:
             except OSError:
                 group.rmdir()
             else:
+                limit_swap(group, *SWAP_LIMITS[version])
                 return group
     return None
+
+
+def limit_swap(group: Path, name: str, limit: int) -> None:
+    """Where the kernel counts swap; else there is none, or its use has no limit."""
+    with suppress(OSError):
+        (group / name).write_text(str(limit))
 
 
 @pytest.fixture
