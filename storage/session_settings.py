@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Self, cast
 
+import psycopg
 from psycopg import AsyncConnection, AsyncCursor, AsyncPipeline, Connection, Cursor, Pipeline
 from psycopg.generators import send
 from psycopg.pq import TransactionStatus
@@ -34,6 +35,13 @@ class CarriedSettings(dict[str, str | Callable[[], str]]):
 
 def _placed(value: str | Callable[[], str]) -> str:
     return "%s" if callable(value) else f"'{value}'"
+
+
+# What we override or call of psycopg's own, for which pyproject.toml bounds its version.
+PRIVATE_NAMES = ("_exit_gen", "_enqueue_sync", "_communicate_gen", "_fetch_gen")
+
+if missing := [name for name in PRIVATE_NAMES if not hasattr(Pipeline, name)]:
+    raise ImportError(f"psycopg {psycopg.__version__} has no Pipeline.{missing[0]}; install the one in constraints.txt")
 
 
 class UnflushedPipeline(Pipeline):

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import runpy
 import subprocess
 import sys
 import threading
@@ -21,6 +22,7 @@ from domain.shares import NO_TENANT, current_tenant
 from local.servers import EmbeddedPostgres
 from settings import ROOT, Settings
 from storage import database as storage_database
+from storage import session_settings
 from storage.archive import archive_lock
 from storage.database import (
     MIGRATION_LOCK,
@@ -170,6 +172,12 @@ async def test_nothing_is_sent_after_what_ends_a_transaction(database_url: str, 
     assert sent.count("Sync") == 1
     assert sent[-1] == "Sync"
     await database.dispose()
+
+
+def test_a_psycopg_that_would_not_call_our_pipelines_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("psycopg._pipeline_base.BasePipeline._exit_gen")
+    with pytest.raises(ImportError, match=r"has no Pipeline\._exit_gen; install the one in constraints\.txt"):
+        runpy.run_path(session_settings.__file__)
 
 
 @pytest.mark.anyio
