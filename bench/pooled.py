@@ -2,9 +2,10 @@
 
     python -m bench.pooled                              # half a minute; needs a pgbouncer on PATH or in /usr/sbin
 
-Each way keeps what it can: directly and in session mode plans are kept for a second and a claim is a statement of its
-own; in transaction mode each statement is planned when it comes, and the settings travel with it. The ceiling is a
-commit of one row, without a pooler. Prints milliseconds of client and of PostgreSQL's CPUs, and one line of JSON.
+Each way keeps what it can: directly and in session mode plans are kept as long as in the API, and a claim is a
+statement of its own; in transaction mode each statement is planned when it comes, and the settings travel with it. The
+ceiling is a commit of one row, without a pooler. Prints milliseconds of client and of PostgreSQL's CPUs, and one line
+of JSON.
 """
 
 import json
@@ -29,6 +30,7 @@ from local.servers import EmbeddedPostgres
 from storage import job_accept, jobs
 from storage.database import keep_plans, migrate, open_database, session_factory, statement_factory
 from storage.jobs import ChunkCommit
+from tasks.accept import PLAN_SECONDS
 from tests.pooler import PGBOUNCER, Pooler
 
 ROUNDS = 60
@@ -120,7 +122,7 @@ def main() -> None:
             urls[mode] = stack.enter_context(Pooler(server.url, mode)).url
         ways = {name: Way(open_database(url, pool_size=1, repeats_calls=True)) for name, url in urls.items()}
         for way in ways.values():
-            keep_plans(way.database)
+            keep_plans(way.database, seconds=PLAN_SECONDS)
             stack.callback(way.database.dispose)
         with ways["direct"].transactions.begin() as session:
             session.execute(text("CREATE TABLE ceiling (n int)"))
