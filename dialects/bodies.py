@@ -349,7 +349,8 @@ def _describe(error: Any, param: str | None, model: type[BaseModel]) -> str:
         return f"{param} {message}"
     if param is None or kind == "value_error":
         return message if param is None else f"{param}: {message}"
-    return f"{param} is {_shown(location, error['input'])}: {message}"
+    example = ", such as 2026-10-20T12:00:00Z" if kind.startswith(("datetime_", "timezone_")) else ""
+    return f"{param} is {_shown(location, error['input'])}: {message}{example}"
 
 
 def _suggestion(location: tuple[int | str, ...], model: type[BaseModel]) -> str:

@@ -94,6 +94,7 @@ REFUSED: dict[str, tuple[dict[str, Any] | str | bytes, int, str, str | None, str
         "deadline",
         "within 365 days",
     ),
+    "deadline in seconds": (body(deadline=0.5), 400, "invalid_value", "deadline", "datetime, such as 2026-"),
     "deadline without zone": (body(deadline="2030-01-01T00:00:00"), 400, "invalid_value", "deadline", "timezone"),
     "priority": (body(priority=11), 400, "invalid_value", "priority", "less than or equal to 10"),
     "negative timeout": (body(start_timeout=-1), 400, "invalid_value", "start_timeout", "greater than 0"),
