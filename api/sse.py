@@ -65,14 +65,16 @@ class EventStream(Response):
         draining: Signal,
         headers: Mapping[str, str] | None = None,
         early_end_frame: bytes = b"",
+        revoked_frame: bytes = b"",
         heartbeat: bytes = HEARTBEAT,
         on_end: Callable[[str], None] = lambda reason: None,
         unserved: Callable[[], Awaitable[bytes]] | None = None,
     ) -> None:
         """The stream ends without its terminal event when `draining` is set, when its lifetime is over, or when the
         reader's key is revoked; the reader may then resume it. `early_end_frame` is sent first, for readers that cannot
-        resume. `unserved` returns once no worker serves the job's model; its bytes are then sent last. `on_end` is
-        called with the reason: complete, disconnected, slow, draining, lifetime, revoked or unserved."""
+        resume; if the key was revoked, `revoked_frame`, if there is one. `unserved` returns once no worker serves the
+        job's model; its bytes are then sent last. `on_end` is called with the reason: complete, disconnected, slow,
+        draining, lifetime, revoked or unserved."""
         # Not super().__init__(), which would set a Content-Length of 0.
         self.status_code = 200
         self.background = None
@@ -83,6 +85,7 @@ class EventStream(Response):
         self._slots = slots
         self._draining = draining
         self._early_end_frame = early_end_frame
+        self._revoked_frame = revoked_frame or early_end_frame
         self._heartbeat = heartbeat
         self._on_end = on_end
         self._unserved = unserved
@@ -114,6 +117,8 @@ class EventStream(Response):
     def _last_frame(self, reason: str, ends: "_Ends") -> bytes:
         if reason == "complete":
             return b""
+        if reason == "revoked":
+            return self._revoked_frame
         return ends.unserved_frame if reason == "unserved" else self._early_end_frame
 
     async def _send_frames(self, send: Send, ends: "_Ends") -> str:

@@ -102,6 +102,7 @@ def stream_answers(
         draining=services.last_call,
         headers=headers_of(runs),
         early_end_frame=framing.error_frame_of(_early_end(runs[0])),
+        revoked_frame=framing.error_frame_of(_revoked()),
         heartbeat=framing.heartbeat,
         on_end=on_end,
         unserved=unserved,
@@ -191,6 +192,10 @@ def _early_end(run: Run) -> CeleriacError:
     return ServerOverloaded(f"this stream ends early, but {name} continues: read /v1/jobs/{name}/events")
 
 
+def _revoked() -> CeleriacError:
+    return AuthenticationFailed("this API key was revoked or expired during the request; its job goes on")
+
+
 KEEP_ALIVE = b"\n"  # JSON allows whitespace before a value
 
 Render = Callable[[Sequence[JobRecord]], Mapping[str, object]]
@@ -255,9 +260,7 @@ class WholeAnswer(Response):
             if ended.done():
                 answer = await self._whole_answer_after(ended)
             elif revoked.done():
-                answer = error_response(
-                    AuthenticationFailed("this API key was revoked or expired during the request; its job goes on")
-                )
+                answer = error_response(_revoked())
             elif unserved.done():
                 answer = error_response(unserved.result())
             elif late.done():

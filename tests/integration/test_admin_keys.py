@@ -198,6 +198,27 @@ def test_an_open_stream_ends_with_its_key(
             assert time.monotonic() - changed_at < 5 * slowness()
 
 
+def test_a_chat_stream_says_that_its_key_has_ended(
+    api: ApiServer, admin: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("api.authentication.RECHECK_SECONDS", 0.05)
+    make_tenant_of(admin, "ended")
+    made = make_key(admin, tenant="ended")
+    chat = {"model": "fake", "messages": [{"role": "user", "content": "a"}], "stream": True}
+    with api.client(made["key"]) as client, client.stream("POST", "/v1/chat/completions", json=chat) as response:
+        assert response.status_code == 200
+        admin.post(f"/v1/admin/keys/{made['id']}", json={"enabled": False})
+        assert "this API key was revoked" in response.read().decode()
+
+
+def test_a_key_whose_tenant_was_deleted_a_moment_ago_is_refused(api: ApiServer, admin: httpx.Client) -> None:
+    make_tenant_of(admin, "brief")
+    with api.client(make_key(admin, tenant="brief")["key"]) as client:
+        assert client.get("/v1/limits").status_code == 200
+        assert admin.delete("/v1/admin/tenants/brief").status_code < 300
+        assert client.get("/v1/limits").status_code == 401
+
+
 def test_the_audit_log_names_actor_and_change_but_no_key(admin: httpx.Client) -> None:
     make_tenant_of(admin, "audited", weight=3)
     made = make_key(admin, tenant="audited", name="ci", scopes=["read"])
