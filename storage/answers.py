@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session
 from domain.jobs import JobKind
 from domain.requests import RESULT, JobOutput, is_whole_output
 from storage.job_accept import NewJob
-from storage.job_ends import LEADER_IS_STARTED, is_gone, told
+from storage.job_ends import is_gone, told
 from storage.job_queries import JobRecord
 from storage.job_statements import CLOCK, COUNTED, LEAVES_QUEUE, Packed
 from storage.jobs import Returned
@@ -49,6 +49,14 @@ FOLLOWS = f"j.status = 'queued' AND j.attempt = 0 AND j.available_at > {CLOCK}"
 HAS_OUTPUT = """l.status = 'completed' AND EXISTS (SELECT FROM job_results r WHERE r.job_id = l.id)
     AND (SELECT count(*) FROM job_chunks c WHERE c.job_id = l.id)
         = l.committed_sequence_number - greatest(l.reset_sequence_number - 1, 0)"""
+
+# Those that are followed, each once: to count its chunks takes time. Those that are deleted have no row here.
+LEADER = f"""
+leader AS MATERIALIZED (
+    SELECT l.id, l.status, l.attempt, l.status IN ('queued', 'in_progress') OR ({HAS_OUTPUT}) AS may_answer,
+        l.cancel_requested_at IS NOT NULL AS is_cancelled
+    FROM (SELECT DISTINCT leader_id FROM job_followers) f JOIN jobs l ON l.id = f.leader_id
+)"""
 
 # Completes the jobs of the CTE `pair(id, leader_id)` with their leaders' output. In the ledger they have an end and no
 # attempt, and no tokens: nothing was computed. A job that somebody else has locked is left alone for now.
@@ -149,10 +157,11 @@ COMPLETE = (
 )
 
 END_FOLLOWERS = text(f"""
-WITH pair AS MATERIALIZED (
+WITH {LEADER},
+pair AS MATERIALIZED (
     SELECT f.job_id AS id, f.leader_id
-    FROM job_followers f JOIN jobs j ON j.id = f.job_id JOIN jobs l ON l.id = f.leader_id
-    WHERE {NEVER_CLAIMED} AND {HAS_OUTPUT} LIMIT :limit
+    FROM job_followers f JOIN jobs j ON j.id = f.job_id JOIN leader l ON l.id = f.leader_id
+    WHERE {NEVER_CLAIMED} AND l.status = 'completed' AND l.may_answer LIMIT :limit
 ),
 {COMPLETED}
 """)
@@ -166,15 +175,17 @@ DELETE FROM answers WHERE ctid = ANY(ARRAY(
 
 # Forgets followers that have ended, and those that will not end with their leader: of those that one leader had, the
 # first is the next leader, its heir, and the others follow it before it goes on. Only if the leader has failed does
-# each go on by itself, as its heirs might fail one after another. As when a job is deleted, its row is locked before
-# the one in job_followers. In `answers` nothing is waited for: who has locked the entry is accepting another leader, or
-# takes it away.
+# each go on by itself, as its heirs might fail one after another. If the leader had been started, which met the
+# start_timeout of its followers, that begins anew. As when a job is deleted, its row is locked before the one in
+# job_followers. In `answers` nothing is waited for: who has locked the entry is accepting another leader, or takes it
+# away.
 LET_GO = text(f"""
-WITH stray AS MATERIALIZED (
-    SELECT j.id, f.leader_id, NOT ({FOLLOWS}) OR coalesce(l.status = 'failed', false) AS is_alone
-    FROM job_followers f JOIN jobs j ON j.id = f.job_id LEFT JOIN jobs l ON l.id = f.leader_id
-    WHERE NOT ({FOLLOWS}) OR l.id IS NULL OR l.cancel_requested_at IS NOT NULL
-        OR NOT (l.status IN ('queued', 'in_progress') OR ({HAS_OUTPUT}))
+WITH {LEADER},
+stray AS MATERIALIZED (
+    SELECT j.id, f.leader_id, NOT ({FOLLOWS}) OR coalesce(l.status = 'failed', false) AS is_alone,
+        coalesce(l.attempt > 0, true) AS was_started
+    FROM job_followers f JOIN jobs j ON j.id = f.job_id LEFT JOIN leader l ON l.id = f.leader_id
+    WHERE NOT ({FOLLOWS}) OR l.id IS NULL OR l.is_cancelled OR NOT l.may_answer
     LIMIT :limit FOR NO KEY UPDATE OF j SKIP LOCKED
 ),
 heir AS MATERIALIZED (
@@ -202,11 +213,18 @@ entry AS MATERIALIZED (
 inherited AS (
     UPDATE answers a SET job_id = entry.id, created_at = {CLOCK} FROM entry
     WHERE a.tenant_id = entry.tenant_id AND a.key = entry.key
+),
+let_go AS (
+    SELECT id, true AS goes_on FROM alone
+    UNION ALL
+    SELECT s.id, false FROM stray s JOIN heir h USING (leader_id) WHERE NOT s.is_alone AND h.id <> s.id
 )
-UPDATE jobs j SET available_at = j.created_at,
-    start_deadline_at = CASE WHEN NOT {LEADER_IS_STARTED} THEN j.start_deadline_at END
-FROM alone WHERE j.id = alone.id AND {NEVER_CLAIMED}
-    AND (j.available_at > {CLOCK} OR (j.start_deadline_at IS NOT NULL AND {LEADER_IS_STARTED}))
+UPDATE jobs j SET available_at = CASE WHEN let_go.goes_on THEN j.created_at ELSE j.available_at END,
+    start_deadline_at = CASE WHEN s.was_started THEN {CLOCK} + (j.start_deadline_at - j.created_at)
+        ELSE j.start_deadline_at END
+FROM let_go JOIN stray s ON s.id = let_go.id
+WHERE j.id = let_go.id AND {NEVER_CLAIMED}
+    AND (let_go.goes_on OR (s.was_started AND j.start_deadline_at IS NOT NULL))
 """)
 
 

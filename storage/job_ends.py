@@ -231,15 +231,15 @@ moved AS (SELECT id, tenant_id, {LEAVES_QUEUE} FROM asked WHERE status = 'cancel
 {told("asked", has_chunks="status = 'cancelled' AND committed_sequence_number > 0")}
 """)
 
-# Of a job that follows another one (storage/answers.py), which has been started, the output is being made.
-LEADER_IS_STARTED = """EXISTS (SELECT FROM job_followers f JOIN jobs l ON l.id = f.leader_id
-            WHERE f.job_id = j.id AND l.attempt > 0 AND l.status NOT IN ('failed', 'cancelled', 'expired'))"""
+# Of a job that follows another one, which has been started, the output is being made. If that one ends without it or is
+# deleted, the job gets another start_deadline_at when it is let go (storage/answers.py).
+_IS_STARTED = """(j.attempt > 0 OR EXISTS (SELECT FROM job_followers f LEFT JOIN jobs l ON l.id = f.leader_id
+            WHERE f.job_id = j.id AND (l.id IS NULL OR l.attempt > 0)))"""
 
 EXPIRE = text(f"""
 WITH pick AS MATERIALIZED (
     SELECT j.id FROM jobs j WHERE j.status = 'queued' AND least(j.deadline_at, j.start_deadline_at) <= {CLOCK}
-        AND (j.deadline_at <= {CLOCK} OR NOT (j.attempt > 0 OR {LEADER_IS_STARTED}))
-    LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
+        AND (j.deadline_at <= {CLOCK} OR NOT {_IS_STARTED}) LIMIT :limit FOR NO KEY UPDATE SKIP LOCKED
 ),
 expired AS (
     UPDATE jobs j SET status = 'expired', finished_at = {CLOCK},

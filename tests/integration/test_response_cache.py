@@ -482,24 +482,40 @@ def test_a_start_timeout_is_met_by_the_start_of_the_request_that_is_followed(
     with session_factory.begin() as session:
         session.execute(text("UPDATE jobs SET start_deadline_at = now() - interval '1 second'"))
         assert jobs.expire(session) == []
-    hand_worker.finish(running, status=JobStatus.CANCELLED)
+    hand_worker.finish(running, status=JobStatus.COMPLETED)
     with session_factory.begin() as session:
-        [expired] = jobs.expire(session)
-        assert external_id(expired.job_id) == follower, "nothing is being made for it any more"
+        assert len(answers.end_followers(session)) == 1
+    assert client.get(f"/v1/jobs/{follower}").json()["cached"]
 
 
-def test_a_start_timeout_stays_met_when_a_request_has_followed_for_too_long(
-    client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
+@pytest.mark.parametrize("end", ["cancel", "delete", "fail", "none within an hour"])
+def test_the_start_timeout_begins_anew_where_a_request_that_was_started_answers_nobody(
+    end: str, client: httpx.Client, hand_worker: HandWorker, session_factory: Sessions
 ) -> None:
-    leader, follower = (ask(client, start_timeout=60).json()["id"] for _ in range(2))
-    hand_worker.claim(leader)
+    leader, *followers = (ask(client, start_timeout=60).json()["id"] for _ in range(4))
+    running = hand_worker.claim(leader)
     with session_factory.begin() as session:
-        session.execute(text("UPDATE jobs SET start_deadline_at = now() - interval '1 second'"))
-        session.execute(text("UPDATE jobs SET available_at = now() WHERE status = 'queued'"))
-    with session_factory.begin() as session:
-        assert answers.end_followers(session) == []
-        assert jobs.expire(session) == []
-    hand_worker.claim(follower)
+        session.execute(text("UPDATE jobs SET created_at = created_at - interval '10 minutes'"))
+        session.execute(text("UPDATE jobs SET start_deadline_at = created_at + interval '1 minute'"))
+        if end == "none within an hour":
+            session.execute(text("UPDATE jobs SET available_at = created_at"))
+    if end == "delete":
+        client.delete(f"/v1/jobs/{leader}")
+    elif end != "none within an hour":
+        error = JobError(code="engine_error", message="of ours", retryable=False) if end == "fail" else None
+        hand_worker.finish(running, status=JobStatus.FAILED if error else JobStatus.CANCELLED, error=error)
+    for _ in followers:
+        with session_factory.begin() as session:
+            assert jobs.expire(session) == []
+            answers.end_followers(session, limit=1)
+            assert jobs.expire(session) == []
+    with session_factory() as session:
+        left = session.scalars(
+            select(func.extract("epoch", Job.start_deadline_at - func.now())).where(Job.status == JobStatus.QUEUED)
+        ).all()
+    assert len(left) == len(followers)
+    assert all(0 < seconds <= 60 for seconds in left), "each was given a minute once"
+    run(hand_worker, followers[0], "Hello")
 
 
 @pytest.mark.parametrize("end", ["cancel", "delete", "fail"])
