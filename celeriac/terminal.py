@@ -210,7 +210,8 @@ class JobPrinter:
 
     def _finish(self, event: StreamEvent) -> None:
         first, *others = (text for _, text in sorted(self._texts.items()))
-        self._write("\n" if self._is_live else f"{first}\n")
+        if first or event.name == "job.completed":  # of a job that never began there is nothing to print
+            self._write("\n" if self._is_live else f"{first}\n")
         for index, text in enumerate(others, start=1):
             self._write(f"\n[{index}] {text}\n")
         parts = [f"{event.data.get('id')}: {event.name.removeprefix('job.')}"]

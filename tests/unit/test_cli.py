@@ -398,6 +398,15 @@ def test_a_terminal_does_not_obey_a_model_and_a_pipe_gets_its_text_as_it_is(is_t
     assert printed.getvalue() == (shown if is_terminal else said) + "\n"
 
 
+@pytest.mark.parametrize("is_live", [True, False])
+@pytest.mark.parametrize(("ending", "shown"), [("expired", ""), ("completed", "\n")])
+def test_a_job_that_never_began_prints_nothing(is_live: bool, ending: str, shown: str) -> None:
+    printed = io.StringIO()
+    printer = terminal.JobPrinter(Console(file=printed), Console(file=io.StringIO()), is_live=is_live)
+    printer.print_all(parse_events([f"event: job.{ending}", "data: {}", ""]))
+    assert printed.getvalue() == shown
+
+
 EMPTY_USAGE = {"data": [], "total": {"num_jobs": 0, "cost": None}, "currency": "USD"}
 
 
