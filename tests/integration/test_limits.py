@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +21,7 @@ from storage.limits import LimitSet, LimitUse
 from storage.tables import Tenant, TenantLoad
 from tests.integration.api_harness import ApiServer, HandWorker, body, open_events, post_job
 from tests.storage_samples import new_job
-from tests.waiting import SECONDS
+from tests.waiting import SECONDS, wait_until
 
 
 @pytest.fixture
@@ -297,6 +298,32 @@ def test_a_budget_counts_what_was_used_before_it_was_set(
     caller.limit_key(tokens_per_day=None)
     caller.limit_key(tokens_per_day=16)
     refused(caller.client, "tokens_per_day_exceeded")
+
+
+def test_a_tenant_is_renamed_without_keeping_accepts_from_its_limits(
+    session_factory: sessionmaker[Session], make_tenant: Callable[..., Tenant]
+) -> None:
+    tenant = make_tenant()
+    changes = TenantChanges(name=f"{tenant.name}-new", limits=Limits(streams=3))
+    with session_factory.begin() as session:
+        administration.change_tenant(session, tenant.name, TenantChanges(limits=Limits(streams=4)), actor="test")
+
+    def rename() -> str:
+        with session_factory.begin() as session:
+            return administration.change_tenant(session, tenant.name, changes, actor="test").name
+
+    with ThreadPoolExecutor(1) as pool:
+        with session_factory.begin() as accept:
+            own = {"id": tenant.id}
+            accept.execute(text("SELECT FROM limits WHERE tenant_id = :id FOR NO KEY UPDATE"), own)
+            accepting = accept.scalar(text("SELECT pg_backend_pid()"))
+            renamed = pool.submit(rename)
+            blocked = text(
+                "SELECT count(DISTINCT pid) FROM pg_locks WHERE NOT granted AND :pid = ANY(pg_blocking_pids(pid))"
+            )
+            assert wait_until(lambda: accept.scalar(blocked, {"pid": accepting}) == 1)
+            accept.execute(text("SELECT FROM tenants WHERE id = :id FOR KEY SHARE NOWAIT"), own)  # as its jobs do
+        assert renamed.result(SECONDS) == changes.name
 
 
 def test_a_limit_is_set_although_the_ledger_cannot_be_summed_up(
