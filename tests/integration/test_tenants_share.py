@@ -4,6 +4,7 @@ import asyncio
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from functools import partial
 from uuid import UUID, uuid4
 
 import httpx
@@ -124,6 +125,21 @@ def test_downloads_that_begin_together_leave_room(
         assert answers.count(b"HTTP/1.1 200") <= NUM_PLACES // 2
         assert other.get(f"/v1/files/{file_id}/content").content == b"{}\n"
     wait_until(lambda: api.services.downloads.num_taken == 0)
+
+
+def test_a_download_that_nobody_reads_ends(
+    api: ApiServer, clients: tuple[httpx.Client, httpx.Client], keys: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = {"file": ("a", b"a" * 20_000_000)}
+    file_id = clients[0].post("/v1/files", files=content, data={"purpose": "batch"}).raise_for_status().json()["id"]
+    monkeypatch.setattr("api.downloads.SEND_TIMEOUT_SECONDS", 0.3)
+    get = f"GET /v1/files/{file_id}/content HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {keys[0]}\r\n\r\n"
+    with closing(socket.create_connection(("127.0.0.1", api.port), timeout=30)) as connection:
+        connection.sendall(get.encode())
+        wait_until(lambda: api.services.downloads.num_taken == 1)
+        wait_until(lambda: api.services.downloads.num_taken == 0)
+        received = b"".join(iter(partial(connection.recv, 2**20), b""))  # what was on its way, and then the end
+    assert len(received) < 20_000_000
 
 
 def test_webhooks_of_a_tenant_leave_room_for_those_of_another(
