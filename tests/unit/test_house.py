@@ -224,7 +224,7 @@ def test_the_settings_table_says_what_the_settings_are() -> None:
         default = field.default
         if isinstance(default, Path):
             default = default.relative_to(ROOT)
-        assert rows[name.upper()] == ("–" if default is None else f"`{default}`"), name
+        assert rows[name.upper()] == ("–" if default in (None, "") else f"`{default}`"), name
 
 
 def test_every_setting_that_the_documents_name_exists() -> None:
