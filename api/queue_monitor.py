@@ -327,8 +327,11 @@ def _publish(queues: Mapping[str, ModelQueue]) -> None:
 
 
 def _publish_findings(value_by_name: Mapping[tuple[str, str], float], silent_clocks: Sequence[str]) -> None:
-    maintenance_findings.clear()  # drops findings that no longer apply
-    for clock in silent_clocks:
-        maintenance_findings.labels("silent_clocks", clock).set(1)
-    for (name, label), value in value_by_name.items():
+    """Those that no longer apply are dropped last, as the metrics may be written in a thread meanwhile."""
+    current = dict.fromkeys((("silent_clocks", clock) for clock in silent_clocks), 1.0) | dict(value_by_name)
+    for (name, label), value in current.items():
         maintenance_findings.labels(name, label).set(value)
+    shown = [sample.labels for metric in maintenance_findings.collect() for sample in metric.samples]
+    for labels in shown:
+        if (labels["name"], labels["label"]) not in current:
+            maintenance_findings.remove(labels["name"], labels["label"])
