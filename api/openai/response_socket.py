@@ -195,7 +195,6 @@ class ResponseSocket:
         if services.draining.is_set():
             raise _restarting()
         await _authenticate(services, self._websocket)  # its limits may have changed since the connection was opened
-        await services.starts.take(self._websocket.state.tenant_id)
         services.slots.refuse_if_full()
         body = _body_of(create)
         run = await start_response(self._request(body), body, passing=self._passing)
