@@ -36,6 +36,10 @@ MAX_LOOK_UPS = 2
 
 MAX_REMEMBERED = 10_000  # keys
 
+#: In which requests wait to begin whose keys or stream tokens are not known yet, by their hash: a wrong one that is
+#: sent over and over is in the way of few others. No tenant has such an id.
+NEW_LINES = tuple(UUID(bytes=b"\xff" * 15 + bytes([number])) for number in range(8))
+
 EVERY_SCOPE = frozenset(Scope)
 
 P = ParamSpec("P")
@@ -104,13 +108,21 @@ class Authenticator:
             raise AuthenticationFailed("this API key is not valid; check it, or ask for a new one")
         return identity
 
-    def known_tenant(self, authorization: str | None) -> UUID:
-        """Whose key it was when it was last looked up; NO_TENANT if it is not remembered."""
+    def line_of(self, authorization: str | None, token: str | None) -> UUID:
+        """In which line a request waits to begin: that of whose key it was when it was last looked up; one of
+        NEW_LINES for a key or stream token that must be looked up; NO_TENANT's for none and for refused ones."""
         if self._is_open:
             return DEFAULT_TENANT_ID
         key = (authorization or "").partition(" ")[2].strip()
-        identity, _ = self._remembered.get(hashlib.sha256(key.encode()).digest(), (None, 0.0))
-        return NO_TENANT if identity is None else identity.tenant_id
+        digest = hashlib.sha256(key.encode()).digest()
+        identity, _ = self._remembered.get(digest, (None, 0.0))
+        if identity is not None:
+            return identity.tenant_id
+        if token is not None and _may_be_valid(token):
+            digest = hashlib.sha256(token.encode()).digest()
+        elif not key or digest in self._refused:
+            return NO_TENANT
+        return NEW_LINES[digest[0] % len(NEW_LINES)]
 
     async def _look_up_once(self, digest: bytes, key: str) -> Identity | None:
         """All requests with this key that come meanwhile share one look-up."""
@@ -250,6 +262,13 @@ def _find_reader(session: Session, token: StreamToken, *, needs_key: bool) -> Id
     key_id = token.key_id if needs_key else None
     own = limits.limits_of_caller(session, tenant_id, key_id)
     return Identity(tenant_id, frozenset({Scope.READ}), token.key_id, own)
+
+
+def _may_be_valid(token: str) -> bool:
+    try:
+        return not StreamToken.read(token).is_expired
+    except ValueError:
+        return False
 
 
 def _bearer_key(authorization: str | None) -> str:

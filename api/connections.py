@@ -16,6 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from api.errors import error_body
 from api.middleware import ARRIVED, CUT
+from api.starts import GONE
 
 MAX_HEAD_BYTES = 32_768
 
@@ -145,7 +146,11 @@ class BoundedHttp(HttpToolsProtocol):
         if self.cycle is not None:
             self._num_head_bytes = 0  # what arrived in the same read may belong to the previous request
         super().on_message_begin()
-        self.scope["extensions"] = {CUT: {"close": self._close}, ARRIVED: {"has": self._has_arrived}}
+        self.scope["extensions"] = {
+            CUT: {"close": self._close},
+            ARRIVED: {"has": self._has_arrived},
+            GONE: {"is": self.transport.is_closing},
+        }
 
     def on_headers_complete(self) -> None:
         self._is_head_complete = True

@@ -162,6 +162,8 @@ class RequestContext:
         try:
             await take_start(scope)
             await self.app(scope, receive, answer.send)
+        except ServerOverloaded as exc:  # too many wait to begin: there is no route yet that would answer it
+            await answer.send_whole(exc, scope, receive)
         except ClientDisconnect:
             answer.status = answer.status or CLIENT_CLOSED_REQUEST
         except asyncio.CancelledError:

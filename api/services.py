@@ -8,6 +8,7 @@ from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from urllib.parse import parse_qsl
 from uuid import UUID
 
 import redis.asyncio
@@ -35,7 +36,7 @@ from api.scopes import scope_of
 from api.shared_frames import SharedFrames
 from api.shared_reads import SharedReads
 from api.signals import Signal
-from api.starts import Starts
+from api.starts import GONE, UNHELD_PATHS, Starts
 from dialects.native import QueueView
 from domain.access import Scope
 from domain.catalog import Catalog
@@ -383,10 +384,19 @@ def credential_in_headers(services: Services, connection: HTTPConnection) -> Cre
 
 
 async def take_start(scope: AsgiScope) -> None:
-    """Returns when it is the request's turn to begin, by whose key it seems to have."""
+    """Returns when it is the request's turn to begin, by whose key it seems to have. Raises ClientDisconnect if its
+    client has gone meanwhile, and ServerOverloaded if too many wait."""
     services = getattr(scope["app"].state, "services", None)
-    if services is not None:
-        await services.starts.take(services.authenticator.known_tenant(_authorization_of(scope)))
+    if services is None or scope["path"] in UNHELD_PATHS:
+        return
+    line = services.authenticator.line_of(_authorization_of(scope), _token_of(scope))
+    gone = scope.get("extensions", {}).get(GONE)
+    await services.starts.take(line, *(() if gone is None else (gone["is"],)))
+
+
+def _token_of(scope: AsgiScope) -> str | None:
+    query: bytes = scope["query_string"]
+    return dict(parse_qsl(query.decode("latin-1"))).get("token") if b"token=" in query else None
 
 
 def _authorization_of(scope: AsgiScope) -> str | None:

@@ -91,6 +91,10 @@ class SharedQueue(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         return (item for items in self._items_by_tenant.values() for item in items)
 
+    def num_of(self, tenant_id: UUID) -> int:
+        """How many of the tenant's items wait."""
+        return self._places.num_of(tenant_id)
+
     def append(self, tenant_id: UUID, item: Item, *, what: str) -> None:
         """Raises ServerOverloaded if the tenant has too many items in here, of which `what` says what they do: "large
         requests are waiting"."""

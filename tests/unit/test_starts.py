@@ -5,8 +5,10 @@ from itertools import pairwise
 from uuid import UUID
 
 import pytest
+from starlette.requests import ClientDisconnect
 
 from api.starts import Starts
+from domain.errors import ServerOverloaded
 from domain.shares import PER_TURN, a_few_in_a_turn
 
 ONE, OTHER = UUID(int=1), UUID(int=2)
@@ -77,3 +79,25 @@ async def test_a_request_that_is_given_up_takes_no_turn() -> None:
     given_up.cancel()
     await kept
     await starts.take(ONE)
+
+
+async def test_requests_of_clients_that_have_gone_take_no_turn_of_others() -> None:
+    starts = Starts()
+    begun = [asyncio.create_task(starts.take(ONE)) for _ in range(PER_TURN)]
+    gone = [asyncio.create_task(starts.take(ONE, lambda: True)) for _ in range(3 * PER_TURN)]
+    kept = asyncio.create_task(starts.take(ONE))
+    for _ in range(3):  # they queue, the next turn comes, they go on
+        await asyncio.sleep(0)
+    assert kept.done()
+    await asyncio.gather(*begun)
+    assert all(isinstance(one, ClientDisconnect) for one in await asyncio.gather(*gone, return_exceptions=True))
+
+
+async def test_a_tenant_with_too_many_waiting_requests_is_refused_and_others_are_not() -> None:
+    starts = Starts(max_waiting=8)
+    tasks = [asyncio.create_task(starts.take(ONE)) for _ in range(PER_TURN + 4)]
+    tasks += [asyncio.create_task(starts.take(OTHER)) for _ in range(PER_TURN + 1)]
+    await asyncio.sleep(0)
+    with pytest.raises(ServerOverloaded, match="4 of your requests are waiting to begin"):
+        await starts.take(ONE)
+    await asyncio.gather(*tasks)
