@@ -243,7 +243,7 @@ def test_the_api_loads_neither_torch_nor_transformers() -> None:
 
 @pytest.fixture(scope="module")
 def own_server(server_folder: Path) -> Iterator[EmbeddedPostgres]:
-    with EmbeddedPostgres(server_folder / "own-postgres", settings={"fsync": "off"}) as server:
+    with EmbeddedPostgres(server_folder / "api-postgres", settings={"fsync": "off"}) as server:
         migrate(server.url)
         yield server
 

@@ -8,15 +8,15 @@ from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.orm import Session, sessionmaker
 
 from domain.jobs import BATCH_PRIORITY, Lane, WorkerState
 from storage import batch_lines, workers
-from storage.tables import Job
+from storage.tables import Job, JobChunk
 from storage.workers import WorkerReport
 from tests.conftest import MakeJob
-from tests.integration.api_harness import MODEL, ApiServer, HandWorker, open_events, post_job
+from tests.integration.api_harness import MODEL, ApiServer, HandWorker, make_chunk, open_events, post_job
 from tests.waiting import wait_until
 
 Sessions = sessionmaker[Session]
@@ -40,13 +40,23 @@ def unload(sessions: Sessions) -> None:
         workers.set_model_loaded(session, MODEL, is_loaded=False)
 
 
+def serve_another(sessions: Sessions) -> None:
+    """The job's three chunks are of a revision that this worker does not have."""
+    serve(sessions)
+    with sessions.begin() as session:
+        job_id = session.scalars(select(Job.id)).one()
+        for number in range(1, 4):
+            chunk = make_chunk(number, "a")
+            session.add(JobChunk(job_id=job_id, sequence_number=number, attempt=1, chunk=chunk))
+
+
 BEGUN = {"committed_sequence_number": 3, "num_committed_tokens": 3, "model_revision": "fake:old"}
 REASONS: dict[str, tuple[Callable[[Sessions], object], dict[str, object]]] = {
     "slots": (serve, {}),
     "turn": (serve, {"paused_at": datetime.now(UTC)}),
     "worker": (lambda sessions: None, {}),
     "model_load": (lambda sessions: serve(sessions, "loading"), {}),
-    "revision": (serve, BEGUN),
+    "revision": (serve_another, BEGUN),
     "isolation": (serve, {"lane": Lane.ISOLATED}),
     "pause": (unload, {}),
 }

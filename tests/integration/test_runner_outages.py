@@ -22,7 +22,7 @@ from tests.waiting import wait_until
 @pytest.fixture(scope="module")
 def own_postgres(server_folder: Path) -> Iterator[EmbeddedPostgres]:
     """A server that these tests may stop: the common one has other users."""
-    with EmbeddedPostgres(server_folder / "own-postgres", settings={"fsync": "off"}) as server:
+    with EmbeddedPostgres(server_folder / "runner-postgres", settings={"fsync": "off"}) as server:
         storage_database.migrate(server.url)
         yield server
 
