@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
@@ -36,8 +35,6 @@ MAX_GROUP = 256
 MAX_GROUP_TOKENS = 1_000_000  # of prompts: a group is one document, of which PostgreSQL and we have copies in memory
 MAX_WAITING = 8_192  # submissions, in turns of their tenants
 NUM_FLUSHERS = 2  # one prepares while the other waits for the disk
-ENOUGH = 24  # submissions for a group: with more, most cost less CPU, but connections wait for each other (ADR 77)
-NUM_AT_ONCE = 4  # submissions that are answered in one turn of the event loop
 NUM_RETRIES = 2  # of a group whose COMMIT may or may not have happened
 ANSWER_SECONDS = 5.0  # the longest that a submission waits for the database
 PLAN_SECONDS = 3.0  # for which plans are kept: longer than the next two together
@@ -163,11 +160,11 @@ class GroupAcceptor:
                 del self._under_way[number]
 
     async def _gather(self) -> None:
-        """Returns once a turn of the event loop brings no more submissions, or there are ENOUGH. An idle loop has such
+        """Returns once a turn of the event loop brings no more submissions, or a group is full. An idle loop has such
         a turn at once; a busy one would else send a group for every few submissions that it has read, and each group's
         statements and commit take as long as several submissions."""
         num_before = 0
-        while num_before < len(self._waiting) < ENOUGH:
+        while num_before < len(self._waiting) < MAX_GROUP:
             num_before = len(self._waiting)
             await asyncio.sleep(0)
 
@@ -195,7 +192,9 @@ class GroupAcceptor:
             for waiting, outcome in zip(group, outcomes, strict=True):
                 waiting.accepted = outcome
             await self._ring_for(group)
-            _answer(deque(group))
+            for waiting, outcome in zip(group, outcomes, strict=True):
+                if not waiting.answer.done():
+                    waiting.answer.set_result(outcome)
 
     async def _ring_for(self, group: list[_Waiting]) -> None:
         """Returns when the message is on its way: the event loop writes at the end of a turn, and in the same one would
@@ -332,17 +331,6 @@ async def open_acceptor(settings: Settings, *, ring: Callable[[str, UUID], None]
     finally:
         await acceptor.stop()
         await database.dispose()
-
-
-def _answer(accepted: deque[_Waiting]) -> None:
-    """A few in each turn of the event loop. Sending all answers of a group takes tens of milliseconds, in which the
-    database would wait for the next statement of another group, and then this process for the database."""
-    for _ in range(min(NUM_AT_ONCE, len(accepted))):
-        waiting = accepted.popleft()
-        if waiting.accepted is not None and not waiting.answer.done():
-            waiting.answer.set_result(waiting.accepted)
-    if accepted:
-        asyncio.get_running_loop().call_soon(_answer, accepted)
 
 
 def _as_first_time(job_id: UUID, accepted: Accepted) -> Accepted:

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from itertools import pairwise
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -126,27 +125,6 @@ async def test_what_a_busy_loop_reads_one_by_one_goes_in_one_group(acceptor: Gro
         await asyncio.sleep(0)  # a turn of the event loop, which brings one of them
     await asyncio.gather(*submissions)
     assert groups == [10]
-
-
-async def test_enough_wait_for_no_more(
-    acceptor: GroupAcceptor, groups: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(group_accept, "ENOUGH", 4)
-    submissions = []
-    for _ in range(10):
-        submissions.append(asyncio.create_task(acceptor.accept(make_new_job())))
-        await asyncio.sleep(0)
-    await asyncio.gather(*submissions)
-    assert groups[0] == 4
-
-
-async def test_answers_of_a_group_leave_the_loop_turns_for_others(acceptor: GroupAcceptor) -> None:
-    submissions = [asyncio.create_task(acceptor.accept(make_new_job())) for _ in range(12)]
-    nums_answered = [0]  # after each turn of the event loop
-    while nums_answered[-1] < len(submissions):
-        await asyncio.sleep(0)
-        nums_answered.append(sum(task.done() for task in submissions))
-    assert max(after - before for before, after in pairwise(nums_answered)) == group_accept.NUM_AT_ONCE
 
 
 async def test_long_prompts_are_committed_in_several_groups(
